@@ -1,0 +1,1 @@
+"""What the launchers cost and give, measured."""

@@ -1,0 +1,1 @@
+"""Running, judging and drawing what the benchmarks measure."""

@@ -1,0 +1,1 @@
+"""What every launcher shares: the job, its configuration, and who a rank is."""

@@ -1,0 +1,425 @@
+"""Every flag once: its default, unit, check and help; read from flags, the environment, ``.env``, in that order."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.errors import UsageError
+
+DIGITS_TRAIN_SIZE = 1437  # 80 % of 1,797; a test holds it against the file
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``--job`` picks; each part can be overridden by its own flag."""
+
+    model: str
+    dataset: str
+    epochs: int
+    global_batch_size: int
+    learning_rate: float
+    data_size: int | None = None
+
+
+JOBS = {
+    "digits": Job("cnn", "digits", epochs=5, global_batch_size=64, learning_rate=0.05),
+    "random": Job("linear", "random", epochs=5, global_batch_size=64, learning_rate=0.01, data_size=4096),
+    "regression": Job("mlp", "regression", epochs=50, global_batch_size=32, learning_rate=0.02, data_size=1024),
+}
+# Which flags a built-in part reads, and the job that shows it.
+MODEL_FLAGS: dict[str, tuple[str, ...]] = {"cnn": (), "linear": ("input_size",), "mlp": ("hidden_size",)}
+DATASET_FLAGS: dict[str, tuple[str, ...]] = {
+    "digits": (),
+    "random": ("data_size", "input_size"),
+    "regression": ("data_size",),
+}
+FLAG_JOBS = {
+    "input_size": "random",
+    "hidden_size": "regression",
+    "data_size": "random or regression",
+}
+
+
+def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """A converter to an int within [minimum, maximum] that says so when it cannot."""
+    allowed = f"a whole number from {minimum} to {maximum}" if maximum is not None else f"a whole number, {minimum} or more"
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(allowed) from None
+        if value < minimum or (maximum is not None and value > maximum):
+            raise ValueError(allowed)
+        return value
+
+    return convert
+
+
+def positive(text: str) -> float:
+    """A finite float above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError("a number above 0")
+    return value
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A converter that takes exactly these words."""
+
+    def convert(text: str) -> str:
+        if text not in choices:
+            near = difflib.get_close_matches(text, choices, n=1)
+            raise ValueError(f"one of {', '.join(choices)}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return text
+
+    return convert
+
+
+def part(*builtin: str) -> Callable[[str], str]:
+    """A built-in name, or ``package.module:Name`` of a class of the user's own."""
+
+    def convert(text: str) -> str:
+        module, colon, name = text.partition(":")
+        if text in builtin or (colon and name.isidentifier() and all(p.isidentifier() for p in module.split("."))):
+            return text
+        raise ValueError(f"one of {', '.join(builtin)}, or package.module:Name of a class of your own")
+
+    return convert
+
+
+def switch(text: str) -> bool:
+    """A yes or no from the environment (on the command line the flag alone means yes)."""
+    word = text.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("", "0", "false", "no", "off"):
+        return False
+    raise ValueError("1 or 0")
+
+
+def any_text(text: str) -> str:
+    """Any text that is not empty."""
+    if not text.strip():
+        raise ValueError("a text that is not empty")
+    return text
+
+
+def flag(
+    group: str, convert: Callable[[str], Any], help_text: str, default: Any = None, metavar: str = "N", short: str = ""
+) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(
+        default=default,
+        metadata={"group": group, "convert": convert, "help": help_text, "metavar": metavar, "short": short},
+    )
+
+
+COMMON, PARTS, MACHINE, OUTPUT, RANKS = (
+    "what to train (the common flags)",
+    "parts of the job",
+    "machine",
+    "output",
+    "starting ranks",
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that a run is told. Built by ``parse_config``; ``None`` means "not given" and is resolved there."""
+
+    job: str = flag(COMMON, one_of(*JOBS), "the job: model, data, epochs and learning rate that fit", "digits", "NAME")
+    epochs: int = flag(COMMON, whole(1), "passes over the training data (default: the job's)")
+    batch_size: int | None = flag(COMMON, whole(1), "samples per rank per forward pass; instead of --global_batch_size")
+    global_batch_size: int | None = flag(
+        COMMON, whole(1), "samples per optimizer step over all ranks (default: the job's), cut evenly whatever the rank count"
+    )
+    learning_rate: float = flag(COMMON, positive, "step size of SGD with momentum 0.9 (default: the job's)", None, "X", "lr")
+    seed: int = flag(COMMON, whole(0, 2**31 - 1), "of the initial weights, the shuffle and generated data", 0)
+
+    model: str = flag(PARTS, part(*MODEL_FLAGS), f"{', '.join(MODEL_FLAGS)}, or your own package.module:Name", None, "NAME")
+    dataset: str = flag(PARTS, part(*DATASET_FLAGS), f"{', '.join(DATASET_FLAGS)}, or your own package.module:Name", None, "NAME")
+    input_size: int = flag(PARTS, whole(1), "features of a sample (job random)", 20)
+    hidden_size: int = flag(PARTS, whole(1), "width of the hidden layers (job regression)", 64)
+    data_size: int = flag(PARTS, whole(1), "training samples to generate (jobs random, regression); a quarter more to evaluate")
+    sampler: str = flag(
+        PARTS,
+        one_of("exact", "distributed"),
+        "exact: every sample once, whatever the rank count; distributed: PyTorch's DistributedSampler, which pads",
+        "exact",
+        "NAME",
+    )
+    accumulate: int = flag(PARTS, whole(1), "parts that a rank's share of a step is cut into, one backward pass each", 1)
+
+    backend: str = flag(MACHINE, one_of("auto", "gloo", "nccl"), "how ranks talk: nccl for CUDA, else gloo", "auto", "NAME")
+    device: str = flag(MACHINE, one_of("auto", "cpu", "cuda", "mps"), "auto: CUDA if each local rank has one", "auto", "NAME")
+    threads: int | None = flag(MACHINE, whole(1), "CPU threads per rank (default: this node's usable cores / its ranks)")
+    precision: str = flag(MACHINE, one_of("fp32", "fp64"), "of weights, data and gradients", "fp32", "NAME")
+    timeout: float = flag(
+        MACHINE, positive, "seconds to wait for a missing or silent rank (default: 60 on one node, 600 on several)", None, "S"
+    )
+
+    log_every: int = flag(OUTPUT, whole(0), "print the local loss every N steps; 0: only per epoch", 0)
+    log_all_ranks: bool = flag(OUTPUT, switch, "every rank prints, not only each node's first", False)
+    plot: str | None = flag(OUTPUT, any_text, "save the training curves as a picture (.png, .svg or .pdf)", None, "FILE")
+    save: str | None = flag(OUTPUT, any_text, "save the trained model and this configuration", None, "FILE")
+    result: str | None = flag(OUTPUT, any_text, "write what was measured as JSON", None, "FILE")
+
+    world_size: int = flag(RANKS, whole(1), "ranks in all, over all nodes")
+    nproc_per_node: int = flag(RANKS, whole(1), "ranks on this node (default: the visible GPUs, else 4 for spawn, 1 for plain)")
+    nnodes: int = flag(RANKS, whole(1), "nodes", 1)
+    node_rank: int = flag(RANKS, whole(0), "this node's index, 0 to nnodes - 1", 0)
+    master_addr: str = flag(RANKS, any_text, "address of node 0 (default: 127.0.0.1 on one node)", None, "HOST")
+    master_port: int = flag(RANKS, whole(0, 65535), "port of rank 0 (default: 0, a free one, on one node; 29500 on several)")
+
+    def global_batch(self, world_size: int) -> int:
+        """Samples per optimizer step over all ranks."""
+        if self.batch_size is not None:
+            return self.batch_size * self.accumulate * world_size
+        assert self.global_batch_size is not None
+        return self.global_batch_size
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+RANK_FLAGS = tuple(name for name, f in FIELDS.items() if f.metadata["group"] == RANKS)
+MASTER_FLAGS = ("master_addr", "master_port")
+OUTPUT_FILES = ("result", "plot", "save")
+
+
+def settings() -> dict[str, str]:
+    """The environment, over what ``.env`` in the current folder says.
+
+    Raises:
+        UsageError: ``.env`` has a line that is no ``NAME=value``.
+    """
+    merged: dict[str, str] = {}
+    path = Path(".env")
+    if path.is_file():
+        from dotenv import dotenv_values
+        from dotenv.parser import parse_stream
+
+        try:
+            with path.open(encoding="utf-8") as stream:
+                bad = next((b for b in parse_stream(stream) if b.error or (b.key and b.value is None)), None)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path.resolve()}: cannot be read ({error}); mend it or take it away") from None
+        if bad:
+            raise UsageError(
+                f"{path.resolve()}, line {bad.original.line}: {bad.original.string.strip()!r} is no NAME=value; mend that line"
+            )
+        merged |= {name: value for name, value in dotenv_values(path).items() if value is not None}
+    return merged | dict(os.environ)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that refuses in one line instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+
+def _parser(name: str, description: str, extra: Sequence[str]) -> _Parser:
+    parser = _Parser(
+        prog=name,
+        description=textwrap.dedent(description).strip(),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
+        epilog="Each flag also works with '-' for '_'. A flag's name in capitals is its environment variable; "
+        "the order is\nflag, environment, .env, default.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    groups = {title: parser.add_argument_group(title) for title in (COMMON, PARTS, MACHINE, OUTPUT)}
+    if extra:
+        groups[RANKS] = parser.add_argument_group(RANKS)
+    for field_name, spec in FIELDS.items():
+        meta = spec.metadata
+        if meta["group"] == RANKS and field_name not in extra:
+            continue
+        names = [f"--{field_name}"] + ([f"--{meta['short']}"] if meta["short"] else [])
+        default = "" if spec.default in (None, False) else f" (default: {spec.default})"
+        if meta["convert"] is switch:
+            groups[meta["group"]].add_argument(*names, action="store_const", const="1", help=meta["help"])
+        else:
+            help_text = meta["help"] + (default if "default:" not in meta["help"] else "")
+            groups[meta["group"]].add_argument(*names, metavar=meta["metavar"], help=help_text.replace("%", "%%"))
+    parser.add_argument_group("help").add_argument("-h", "--help", action="help", help="this text")
+    return parser
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """``--batch-size 8`` and ``--batch-size=8`` become ``--batch_size …``; values stay as they are."""
+    out = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+        out.append(word)
+    return out
+
+
+def parse_config(
+    name: str,
+    description: str = "",
+    extra: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> TrainConfig:
+    """Reads a launcher's command line.
+
+    Args:
+        name: the launcher, for help and messages.
+        description: its docstring, shown by ``--help``.
+        extra: the flags beyond the training ones that this launcher takes (of ``RANK_FLAGS``).
+        argv: the command line; by default the process's own.
+        environment: variables; by default the environment over ``.env``.
+
+    Raises:
+        UsageError: a value that is not allowed, an unknown flag, or flags that contradict each other.
+    """
+    environment = settings() if environment is None else environment
+    arguments = underscored(sys.argv[1:] if argv is None else argv)
+    parsed, unknown = _parser(name, description, extra).parse_known_args(arguments)
+    if unknown:
+        raise UsageError(_unknown(unknown[0], extra))
+    given: dict[str, str] = {}  # field → how a person would name what was given
+    values: dict[str, Any] = {}
+    for field_name, spec in FIELDS.items():
+        text, where = getattr(parsed, field_name, None), f"--{field_name}"
+        if text is None and field_name not in ("world_size", "node_rank") and environment.get(field_name.upper()):
+            text, where = environment[field_name.upper()], f"{field_name.upper()} (environment or .env)"
+        else:
+            given |= {field_name: f"--{field_name} {text}"} if text is not None else {}
+        if text is None:
+            continue
+        try:
+            values[field_name] = spec.metadata["convert"](text)
+        except ValueError as allowed:
+            raise UsageError(f"{where} {text}: not allowed; give {allowed}") from None
+    return _resolve(values, given)
+
+
+def _unknown(word: str, extra: Sequence[str]) -> str:
+    flags = [f"--{n}" for n, f in FIELDS.items() if f.metadata["group"] != RANKS or n in extra] + ["--lr"]
+    name = word.partition("=")[0]
+    if name.removeprefix("--") in RANK_FLAGS:
+        return f"{name} does not belong to this launcher, which is told its ranks by another program; leave it out (see --help)"
+    near = difflib.get_close_matches(name, flags, n=1)
+    return f"{word}: no such flag; " + (f"did you mean {near[0]}?" if near else "see --help")
+
+
+def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> TrainConfig:
+    """Fills in what was not given, and refuses what does not go together."""
+    job = JOBS[values.get("job", "digits")]
+    if "batch_size" in values and "global_batch_size" in values:
+        # A flag outranks a variable; two of the same kind contradict each other.
+        if ("batch_size" in given) == ("global_batch_size" in given):
+            raise UsageError(
+                f"batch_size {values['batch_size']} together with global_batch_size {values['global_batch_size']}: "
+                "the first is per rank, the second over all; give one of them"
+            )
+        del values["global_batch_size" if "batch_size" in given else "batch_size"]
+    elif "batch_size" not in values:
+        values.setdefault("global_batch_size", job.global_batch_size)
+    for name in ("model", "dataset", "epochs", "learning_rate"):
+        values.setdefault(name, getattr(job, name))
+    used = MODEL_FLAGS.get(values["model"], tuple(FLAG_JOBS)) + DATASET_FLAGS.get(values["dataset"], tuple(FLAG_JOBS))
+    for name, jobs in FLAG_JOBS.items():
+        if name in given and name not in used:
+            raise UsageError(f"{given[name]}: {values['model']} on {values['dataset']} does not use it; it belongs to --job {jobs}")
+    values.setdefault("data_size", job.data_size or JOBS.get(values["dataset"], JOBS["random"]).data_size)
+    several = values.get("nnodes", 1) > 1
+    values.setdefault("timeout", 600.0 if several else 60.0)
+    config = TrainConfig(**values)
+    for name in OUTPUT_FILES:
+        if path := getattr(config, name):
+            check_writable(f"--{name} {path}", Path(path))
+    if config.plot and Path(config.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot {config.plot}: not a picture; name it .png, .svg or .pdf")
+    return config
+
+
+def check_writable(what: str, path: Path) -> None:
+    """Raises UsageError unless a file can be made beside ``path`` (which a write replaces as a whole)."""
+    if path.is_dir():
+        raise UsageError(f"{what}: is a folder; name a file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"{what}: there is no folder {folder}; make it first, or name another file")
+    probe = folder / f".{path.name}.{os.getpid()}.part"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{what}: cannot be written ({error.strerror}); name another file") from None
+
+
+def train_size(config: TrainConfig) -> int | None:
+    """Training samples of a built-in data set; None for a class of the user's own, known once it is made."""
+    if config.dataset == "digits":
+        return DIGITS_TRAIN_SIZE
+    return config.data_size if config.dataset in DATASET_FLAGS else None
+
+
+def check_world(config: TrainConfig, world_size: int, samples: int | None = None) -> None:
+    """Refuses what cannot be trained on ``world_size`` ranks.
+
+    Args:
+        config: the run.
+        world_size: ranks in all.
+        samples: training samples; by default what ``train_size`` knows without loading anything.
+
+    Raises:
+        UsageError: a batch larger than the data, or one that the chosen sampler cannot share out.
+    """
+    samples = train_size(config) if samples is None else samples
+    batch = config.global_batch(world_size)
+    if samples is not None and batch > samples:
+        given = f"--global_batch_size {batch}"
+        if config.batch_size is not None:
+            given = f"--batch_size {config.batch_size} on {world_size} ranks, {batch} samples a step"
+        raise UsageError(f"{given}: larger than the data ({samples} training samples); give a smaller one")
+    if config.sampler == "distributed" and batch % (world_size * config.accumulate):
+        raise UsageError(
+            f"--sampler distributed with --global_batch_size {batch}: {world_size * config.accumulate} parts do not divide it; "
+            "give a multiple, or --sampler exact, which cuts any batch"
+        )
+
+
+def ranks_to_start(config: TrainConfig, default_per_node: int) -> tuple[int, int]:
+    """(ranks on this node, ranks in all) from --world_size, --nproc_per_node and --nnodes.
+
+    Raises:
+        UsageError: they contradict each other, or the node's index is not below the number of nodes.
+    """
+    if config.node_rank >= config.nnodes:
+        raise UsageError(
+            f"--node_rank {config.node_rank} with --nnodes {config.nnodes}: give 0 to {config.nnodes - 1}, one to each node"
+        )
+    per_node, total = config.nproc_per_node, config.world_size
+    if total is None:
+        per_node = per_node or default_per_node
+        total = per_node * config.nnodes
+    elif per_node is None:
+        per_node = total // config.nnodes
+    if per_node * config.nnodes != total:
+        raise UsageError(
+            f"--world_size {total} with --nnodes {config.nnodes}"
+            + (f" and --nproc_per_node {config.nproc_per_node}" if config.nproc_per_node else "")
+            + ": ranks in all must be nodes × ranks per node; mend one of them"
+        )
+    if config.nnodes > 1 and not config.master_addr:
+        raise UsageError(f"--nnodes {config.nnodes} without --master_addr: name the host of node 0")
+    return per_node, total

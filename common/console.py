@@ -1,0 +1,75 @@
+"""What a person sees while it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+
+from torch import nn
+
+from common import models
+from common.config import TrainConfig
+from common.process_group import Group
+from common.rank import Rank
+
+
+class Console:
+    """Prints for one rank: each node's first rank speaks, the others are silent unless ``--log_all_ranks``."""
+
+    def __init__(self, config: TrainConfig, rank: Rank) -> None:
+        """Speaks for ``rank``."""
+        self.config, self.rank = config, rank
+        self.speaks = rank.local_rank == 0 or config.log_all_ranks
+        self.prefix = f"[Rank {rank.rank}] " if config.log_all_ranks else ""
+
+    def line(self, text: str, everyone: bool = False, prefix: str | None = None) -> None:
+        """Prints in one write, so that the lines of several ranks do not run into each other."""
+        if self.speaks or everyone:
+            mark = self.prefix if prefix is None else prefix
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.write("".join(f"{mark}{row}\n" for row in text.splitlines()))
+                sys.stdout.flush()
+
+    def joined(self, group: Group, threads: int) -> None:
+        """Every rank says once that it is there; rank 0 then tells what is about to run."""
+        r = self.rank
+        self.line(
+            f"Process initialized on {socket.gethostname()}, local_rank: {r.local_rank}, world_size: {r.world_size}",
+            everyone=True,
+            prefix=f"[Rank {r.rank}] ",
+        )
+        if r.rank == 0:
+            c = self.config
+            batch = c.global_batch(r.world_size)
+            per_rank = batch / (r.world_size * c.accumulate)
+            nodes = len({a["node_rank"] for a in group.arrivals})
+            self.line(
+                f"Launcher {r.launcher}: {r.world_size} rank{'s' * (r.world_size > 1)} on {nodes} node{'s' * (nodes > 1)}, "
+                f"{group.device.type}, {group.backend or 'no process group'}, {threads} thread{'s' * (threads > 1)} per rank\n"
+                f"Job {c.job}: model {c.model}, data {c.dataset}, {c.epochs} epoch{'s' * (c.epochs > 1)}, "
+                f"learning rate {c.learning_rate:g}, {c.precision}, seed {c.seed}, sampler {c.sampler}\n"
+                f"Batch: {batch} samples a step, {per_rank:g} per rank and forward pass"
+            )
+
+    def model(self, model: nn.Module) -> None:
+        """Rank 0 shows the model."""
+        if self.rank.rank == 0:
+            self.line("Model:\n" + models.describe(model))
+
+    def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
+        """This rank's own loss, every ``--log_every`` steps."""
+        self.line(f"Epoch [{epoch}/{self.config.epochs}] Step [{step}/{steps}] - Local Loss: {loss:.6f}")
+
+    def epoch(self, epoch: int, train_loss: float, eval_loss: float, accuracy: float | None) -> None:
+        """The losses of the whole group."""
+        tail = "" if accuracy is None else f", Eval Accuracy: {100 * accuracy:.2f} %"
+        self.line(f"Epoch [{epoch}/{self.config.epochs}] - Train Loss: {train_loss:.6f}, Eval Loss: {eval_loss:.6f}{tail}")
+
+    def summary(self, train_s: float, samples_per_s: float | None, launch_s: float | None) -> None:
+        """Rank 0 tells the times."""
+        if self.rank.rank == 0:
+            launch = "" if launch_s is None else f" (after {launch_s:.2f} s to launch, first step included)"
+            rate = "" if samples_per_s is None else f", {samples_per_s:,.0f} samples/s"
+            epochs = self.config.epochs
+            self.line(f"Total time: {train_s:.2f} s{launch}, average time per epoch: {train_s / epochs:.3f} s{rate}")

@@ -1,0 +1,75 @@
+"""How a rank ends, and who hears of it: nothing is swallowed, nothing is said twice."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common import events, watch
+from common.errors import RunError, UsageError, complain, one_line
+from common.rank import Rank
+
+# What gloo and the store say when the other side is gone (torch 2.9 to 2.13); such a rank is not the cause.
+_PEER_IS_GONE = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "timed out waiting",
+                 "connectfullmesh", "connection was likely closed", "socket timeout", "remote process exited")  # fmt: skip
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether ``error`` is what a rank sees when another one died."""
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _PEER_IS_GONE)
+
+
+def _cause(error: BaseException) -> tuple[str, str]:
+    """(event, sentence's end) for the watcher."""
+    if isinstance(error, UsageError):
+        return "refused", str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "was interrupted"
+    if isinstance(error, SystemExit):
+        return "failed", f"left with exit status {error.code} before its work was done"
+    if isinstance(error, RunError):
+        return "failed", f"failed: {error}"
+    if lost_a_peer(error):
+        return "lost a peer", f"lost another rank: {one_line(error)}"
+    return "failed", f"failed: {one_line(error)}"
+
+
+@contextmanager
+def watched(rank: Rank) -> Iterator[None]:
+    """Puts this rank under its node's watcher, which tells of the first failure and ends the other ranks.
+
+    Raises:
+        SystemExit: 2 after a UsageError, 1 after any other failure, once it has been told of.
+        KeyboardInterrupt: as it came.
+    """
+    reporter = None
+    host = socket.gethostname()
+    if rank.world_size > 1 and watch.supported:
+        launchers = events.launching_ancestors()
+        reporter = watch.Reporter(
+            f"{rank.master_addr}:{rank.master_port}/{rank.store_prefix}/{rank.node_rank}",
+            {"rank": rank.rank, "host": host, "parent": launchers[0] if launchers else None},
+        )
+    try:
+        yield
+    except BaseException as error:
+        event, cause = _cause(error)
+        explained = event != "failed" or isinstance(error, (RunError, SystemExit))
+        trace = "" if explained else "".join(traceback.format_exception(error))
+        if not (reporter and reporter.tell_and_wait(event=event, cause=cause, traceback=trace)):
+            if isinstance(error, UsageError):
+                raise  # exit_status prints it
+            if event != "interrupted":
+                complain(f"{trace}Rank {rank.rank} on {host} (pid {os.getpid()}) {cause}.")
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    else:
+        if reporter:
+            reporter.tell(event="done")
+    finally:
+        if reporter:
+            reporter.close()

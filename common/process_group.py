@@ -1,0 +1,181 @@
+"""Joining and leaving the process group: who is missing, who was told something else, which interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from common.config import OUTPUT_FILES, RANK_FLAGS, TrainConfig
+from common.device import choose_backend, usable_cores
+from common.errors import RunError, UsageError
+from common.ports import port_taken
+from common.rank import Rank
+
+# What may differ between nodes: files, and how each node was started.
+_PER_NODE = (*OUTPUT_FILES, *RANK_FLAGS, "log_every", "log_all_ranks", "threads")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that train together; a process on its own is a group of one without a backend."""
+
+    rank: Rank
+    device: torch.device
+    backend: str | None = None
+    arrivals: list[dict[str, Any]] = field(default_factory=list)
+    """What each rank wrote into the store before it joined: host, pid, node_rank, cores."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum of ``values`` (float64 on CPU, any shape) over all ranks, on every rank."""
+        if self.backend is None or self.rank.world_size == 1:
+            return values
+        carried = values.to(self.device if self.backend == "nccl" else "cpu")
+        dist.all_reduce(carried)
+        _until_released(carried)
+        return carried.cpu()
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` (float64 on CPU, shape (n,)) of every rank: shape (world size, n)."""
+        table = torch.zeros(self.rank.world_size, len(values), dtype=torch.float64)
+        table[self.rank.rank] = values
+        return self.sum(table)
+
+    def local_cores(self) -> list[list[int]]:
+        """The usable cores of each rank on this node."""
+        return [a["cores"] for a in self.arrivals if a["node_rank"] == self.rank.node_rank]
+
+
+def _until_released(tensor: torch.Tensor, limit: float = 1.0) -> None:
+    """Waits until gloo's own thread has let go of ``tensor``, microseconds after the collective that used it.
+
+    That thread needs the interpreter for it. If the interpreter is ending by then, the process dies with "terminate called
+    without an active exception" after a run that went well (5 of 11 short runs of two to four ranks; none of 20 with this wait):
+    once DDP has seen the group, its threads outlive ``destroy_process_group`` (torch 2.13).
+    """
+    until = time.monotonic() + limit
+    while tensor._use_count() > 1 and time.monotonic() < until:  # type: ignore[attr-defined]
+        time.sleep(0.0002)
+
+
+def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
+    """Returns once the store's address answers: our own probe, because the store's is long-winded when it fails."""
+    assert rank.master_addr
+    reason = "no answer"
+    while True:
+        try:
+            socket.create_connection((rank.master_addr, rank.master_port), timeout=max(0.1, until - time.monotonic())).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if time.monotonic() > until:
+            raise RunError(
+                f"rank {rank.rank} waited {timeout:g} s (--timeout) for rank 0 at {rank.master_addr}:{rank.master_port}: {reason}; "
+                "is rank 0 started, and is this its address and port?"
+            )
+        time.sleep(0.02)
+
+
+def _open_store(rank: Rank, config: TrainConfig, until: float) -> dist.Store:
+    serve = rank.rank == 0 and not rank.store_is_served
+    if not serve:
+        _wait_for_listener(rank, until, config.timeout)
+    try:
+        store: dist.Store = dist.TCPStore(
+            rank.master_addr or "",
+            rank.master_port,
+            is_master=serve,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=config.timeout),
+        )
+    except dist.DistNetworkError as error:
+        if serve and "EADDRINUSE" in str(error):
+            raise port_taken(rank.master_port, "address already in use") from None
+        raise
+    return dist.PrefixStore(f"launchlab/{rank.store_prefix}", store)
+
+
+def _arrive(store: dist.Store, rank: Rank, config: TrainConfig, until: float) -> list[dict[str, Any]]:
+    """Writes this rank into the store, waits for the others, and compares what all were told.
+
+    Raises:
+        RunError: ranks are missing when the time is up; they are named.
+        UsageError: ranks were given different flags (raised on all of them).
+    """
+    told = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PER_NODE}
+    here = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "node_rank": rank.node_rank,
+        "local_rank": rank.local_rank,
+        "cores": sorted(usable_cores()),
+        "told": told | {"world size": rank.world_size},
+    }
+    store.set(f"here/{rank.rank}", json.dumps(here))
+    keys = [f"here/{r}" for r in range(rank.world_size)]
+    pause = 0.001
+    while not store.check(keys):
+        if time.monotonic() > until:
+            missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
+            raise RunError(
+                f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {rank.world_size} did not arrive within "
+                f"{config.timeout:g} s (--timeout): started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    arrivals: list[dict[str, Any]] = [json.loads(value) for value in store.multi_get(keys)]
+    for number, other in enumerate(arrivals):
+        for name, value in other["told"].items():
+            first = arrivals[0]["told"][name]
+            if value != first:
+                raise UsageError(
+                    f"rank {number} was given {name} {value} where rank 0 has {first}: ranks must agree; give all the same flags"
+                )
+    return arrivals
+
+
+def _choose_interface(rank: Rank) -> None:
+    """Ranks of one node talk over the loopback interface: gloo else takes the host name's address, which may lead nowhere."""
+    if rank.one_node and "GLOO_SOCKET_IFNAME" not in os.environ and hasattr(socket, "if_nameindex"):
+        names = {name for _, name in socket.if_nameindex()}
+        if loopback := next((name for name in ("lo", "lo0") if name in names), None):
+            os.environ["GLOO_SOCKET_IFNAME"] = loopback
+
+
+@contextmanager
+def process_group(rank: Rank, config: TrainConfig, device: torch.device) -> Iterator[Group]:
+    """Joins the group of ``rank``, and leaves it when the work is done; a process on its own gets a group of one.
+
+    Raises:
+        RunError: a rank did not arrive within ``config.timeout`` seconds.
+        UsageError: ranks disagree on their flags, or the master's port is taken.
+    """
+    if not rank.forms_group:
+        yield Group(rank, device, None, [{"host": socket.gethostname(), "node_rank": 0, "cores": sorted(usable_cores())}])
+        return
+    _choose_interface(rank)
+    until = time.monotonic() + config.timeout
+    store = _open_store(rank, config, until)
+    arrivals = _arrive(store, rank, config, until)
+    backend = choose_backend(config, device)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timedelta(seconds=config.timeout),
+        device_id=device if backend == "nccl" else None,
+    )
+    yield Group(rank, device, backend, arrivals)
+    # Not in a `finally`: after a failure peers may be gone and destroying can wait for them; the process is about to end.
+    dist.destroy_process_group()

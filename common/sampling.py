@@ -1,0 +1,115 @@
+"""Which samples each rank sees at each step.
+
+The loss of N ranks is the loss of one: an epoch's shuffle depends on (seed, epoch) only, is cut into global batches, and each
+batch into one part a rank. Parts differ by one sample at most; none is padded or dropped. A part's gradient is a mean over its own
+samples and DDP averages over ranks, so each part is weighted with (its samples × parts / samples of the batch): the sum is then
+exactly the global batch's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.config import TrainConfig
+from common.rank import Rank
+
+
+def part_of(samples: int, parts: int, index: int) -> slice:
+    """The ``index``-th of ``parts`` consecutive parts of ``samples``, whose sizes differ by one at most."""
+    return slice(samples * index // parts, samples * (index + 1) // parts)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One backward pass of one rank."""
+
+    indices: torch.Tensor
+    """int64, shape (n,); n ≥ 1 even where the share is empty: a rank without samples must still take part in the all-reduce."""
+    samples: int
+    """How many of them count; 0 for a stand-in."""
+    weight: float
+    """What the mean loss of this pass is multiplied with before backward."""
+
+
+class Exact:
+    """Every sample once an epoch, whatever the number of ranks."""
+
+    def __init__(self, length: int, global_batch: int, rank: Rank, seed: int, accumulate: int = 1) -> None:
+        """Shares ``length`` samples in batches of ``global_batch`` over ``rank.world_size`` × ``accumulate`` parts."""
+        self.length, self.global_batch, self.seed = length, global_batch, seed
+        self.rank, self.accumulate = rank, accumulate
+        self.steps = -(-length // global_batch)
+        self.samples_per_epoch = length
+
+    def batch_samples(self) -> torch.Tensor:
+        """float64, shape (steps,): samples that count in each step, over all ranks."""
+        sizes = torch.full((self.steps,), float(self.global_batch), dtype=torch.float64)
+        sizes[-1] = self.length - (self.steps - 1) * self.global_batch
+        return sizes
+
+    def epoch(self, epoch: int) -> Iterator[list[Share]]:
+        """This rank's shares, a list a step with ``accumulate`` entries."""
+        order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(self.length))
+        parts = self.rank.world_size * self.accumulate
+        mine = range(self.rank.rank * self.accumulate, (self.rank.rank + 1) * self.accumulate)
+        for start in range(0, self.length, self.global_batch):
+            batch = order[start : start + self.global_batch]
+            n = len(batch)
+            shares = []
+            for index in mine:
+                indices = batch[part_of(n, parts, index)]
+                # DDP divides by the ranks, not by the parts that each adds up.
+                weight = len(indices) * self.rank.world_size / n
+                shares.append(Share(indices if len(indices) else batch[:1], len(indices), weight))
+            yield shares
+
+
+class Distributed:
+    """PyTorch's DistributedSampler: pads until the ranks have equally many, averages ranks as equals.
+
+    Some samples count twice and the last batch's ranks may weigh too much, so N ranks do not compute what one computes. Source:
+    https://docs.pytorch.org/docs/stable/data.html#torch.utils.data.distributed.DistributedSampler
+    """
+
+    def __init__(self, length: int, global_batch: int, rank: Rank, seed: int, accumulate: int = 1) -> None:
+        """Shares ``length`` samples; ``global_batch`` must be a multiple of ``rank.world_size`` × ``accumulate``."""
+        from torch.utils.data.distributed import DistributedSampler
+
+        self.sampler: DistributedSampler[int] = DistributedSampler(
+            range(length),  # type: ignore[arg-type]  # only its length is asked for
+            num_replicas=rank.world_size,
+            rank=rank.rank,
+            seed=seed,
+        )
+        self.rank, self.accumulate = rank, accumulate
+        self.batch = global_batch // rank.world_size  # this rank's samples a step
+        self.steps = -(-len(self.sampler) // self.batch)
+        self.samples_per_epoch = len(self.sampler) * rank.world_size
+
+    def batch_samples(self) -> torch.Tensor:
+        """float64, shape (steps,): samples that count in each step, over all ranks, padding included."""
+        sizes = torch.full((self.steps,), float(self.batch), dtype=torch.float64)
+        sizes[-1] = len(self.sampler) - (self.steps - 1) * self.batch
+        return sizes * self.rank.world_size
+
+    def epoch(self, epoch: int) -> Iterator[list[Share]]:
+        """This rank's shares, a list a step with ``accumulate`` entries."""
+        self.sampler.set_epoch(epoch)
+        order = torch.tensor(list(self.sampler))
+        for start in range(0, len(order), self.batch):
+            batch = order[start : start + self.batch]
+            shares = []
+            for index in range(self.accumulate):
+                indices = batch[part_of(len(batch), self.accumulate, index)]
+                shares.append(Share(indices if len(indices) else batch[:1], len(indices), len(indices) / len(batch)))
+            yield shares
+
+
+def make_sampler(config: TrainConfig, length: int, rank: Rank) -> Exact | Distributed:
+    """The sampler that ``--sampler`` names."""
+    kind: type[Exact] | type[Distributed] = {"exact": Exact, "distributed": Distributed}[config.sampler]  # type: ignore[assignment]
+    return kind(length, config.global_batch(rank.world_size), rank, config.seed, config.accumulate)

@@ -1,0 +1,284 @@
+"""One small process per node that sees to it that a run ends: who failed first and how, end the rest, leave.
+
+Launchers differ in what they do when a rank dies: MPICH prints a process id, a Python exception under mpi4py waits in
+MPI_Finalize, a shell waits for all. So each rank of a node reports to a watcher that stands apart from the launcher (in a session
+of its own) and holds a pidfd (pidfd_open(2)) of each rank. The first rank to arrive binds the node's abstract Unix socket
+(unix(7)) and starts the watcher on it; the others find the name taken and connect.
+
+Linux only. Elsewhere each rank prints its own failure, and ending the others is left to the launcher.
+
+This file is also the watcher's program (``python -I -S watch.py FD``) and imports the standard library only: it is up in
+about 20 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from typing import Any
+
+SETTLE_S = 0.3  # a dead rank's peers often report a broken connection before the kernel reports the death
+TERM_S = 0.5  # then SIGTERM to whoever has not left
+KILL_S = 2.5  # then SIGKILL: 3 s in all, below the promised 5
+REPLY_S = 2.0  # how long a failed rank waits to be heard
+supported = hasattr(os, "pidfd_open") and hasattr(socket, "AF_UNIX") and sys.platform == "linux"
+
+_PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info), linux/pidfd.h; exit codes since Linux 6.15
+_PIDFD_INFO_EXIT = 1 << 3
+
+
+# ---------------------------------------------------------------------------------------------------- in a rank
+
+
+class Reporter:
+    """A rank's line to its node's watcher."""
+
+    def __init__(self, key: str, about: dict[str, Any]) -> None:
+        """Connects, starting the watcher if this is the node's first rank.
+
+        Args:
+            key: names the run on this node; the same in all its ranks, and in no other run at the time.
+            about: rank, host, local_world_size, and optionally parent: a launcher's pid whose end ends the ranks.
+        """
+        address = f"\0launchlab-{os.getuid()}-{key}"
+        with socket.socket(socket.AF_UNIX) as listener:
+            try:
+                listener.bind(address)
+            except OSError:
+                pass  # another rank of this node was first
+            else:
+                listener.listen(1024)
+                subprocess.Popen(
+                    [sys.executable, "-I", "-S", __file__, str(listener.fileno())],
+                    pass_fds=[listener.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,
+                ).returncode = 0  # ours to start, not to wait for: it outlives us, and Popen need not warn of that
+        self._socket = socket.socket(socket.AF_UNIX)
+        for _ in range(200):  # bound by the other rank, not yet listening: microseconds
+            try:
+                self._socket.connect(address)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+        self.tell(event="here", **about)
+
+    def tell(self, **message: Any) -> None:
+        """Sends one event; a watcher that is gone is no reason to fail."""
+        with contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def tell_and_wait(self, **message: Any) -> bool:
+        """Sends one event and waits until the watcher has dealt with it; False if nobody did."""
+        try:
+            self.tell(**message)
+            self._socket.settimeout(REPLY_S)
+            return bool(self._socket.recv(16))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._socket.close()
+
+
+# ------------------------------------------------------------------------------------------------- in the watcher
+
+
+class _Member:
+    """A rank of this node, as the watcher sees it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        connection.setblocking(False)  # a forked child of the rank may hold the other end open after its death
+        self.buffer = b""
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self.pid: int = struct.unpack("3i", credentials)[0]
+        self.pidfd = os.pidfd_open(self.pid)
+        self.connected = self.alive = True
+        self.finished = False
+        self.about: dict[str, Any] = {}
+
+    def kill(self, number: int) -> None:
+        if self.alive:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self.pidfd, number)
+
+
+def how_it_ended(pidfd: int, pid: int) -> str:
+    """In words, how a process that is not our child ended.
+
+    Asks the kernel (Linux 6.15 and later), else looks at the zombie until its parent has reaped it (proc(5), field 52).
+    """
+    status = None
+    try:
+        import fcntl
+
+        info = bytearray(struct.pack("Q", _PIDFD_INFO_EXIT) + bytes(56))
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+        if struct.unpack_from("Q", info)[0] & _PIDFD_INFO_EXIT:
+            status = struct.unpack_from("i", info, 60)[0]
+    except (OSError, ImportError):
+        pass
+    if status is None:
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                fields = stat.read().rpartition(")")[2].split()
+            status = int(fields[49]) if fields[0] == "Z" else None
+        except (OSError, IndexError, ValueError):
+            pass
+    if status is None:
+        return "ended without a word (killed, or left by os._exit)"
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(number).name}"
+        return f"was killed by signal {number}"
+    return f"ended with exit status {os.WEXITSTATUS(status)} before its work was done"
+
+
+class _Watcher:
+    """Waits for the first failure among the ranks that connect, tells of it, and ends the others."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.listener = listener
+        self.selector.register(listener, selectors.EVENT_READ, ("knock", None))
+        self.members: list[_Member] = []
+        self.failures: list[tuple[int, _Member | None, dict[str, Any]]] = []  # (distance from the cause, who, what)
+        self.failed_at: float | None = None
+        self.told = False
+        self.steps: list[tuple[float, int]] = [(SETTLE_S + TERM_S, signal.SIGTERM), (KILL_S, signal.SIGKILL)]
+        self.waiting: list[_Member] = []
+        self.parent: int | None = None
+
+    def run(self) -> None:
+        """Until every rank that came has left."""
+        patience = time.monotonic() + 30  # in case whoever started us died before it connected
+        while any(m.alive for m in self.members) or (not self.members and time.monotonic() < patience):
+            for key, _ in self.selector.select(0.05 if self.failed_at else 1.0):
+                what, member = key.data
+                if what == "knock":
+                    self._welcome()
+                elif what == "word":
+                    self._read(member)
+                elif what == "end":
+                    self._ended(member)
+                elif what == "parent":
+                    self.selector.unregister(key.fileobj)
+                    if any(m.alive and not m.finished for m in self.members):
+                        self._fail(0, None, {"cause": "the launcher that started this node's ranks is gone"})
+            self._act()
+        if self.failures:
+            self._tell()
+
+    def _welcome(self) -> None:
+        connection, _ = self.listener.accept()
+        try:
+            member = _Member(connection)
+        except OSError:  # gone already
+            connection.close()
+            return
+        self.members.append(member)
+        self.selector.register(connection, selectors.EVENT_READ, ("word", member))
+        self.selector.register(member.pidfd, selectors.EVENT_READ, ("end", member))
+
+    def _read(self, member: _Member) -> None:
+        try:
+            data = member.connection.recv(1 << 20)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.selector.unregister(member.connection)
+            member.connected = False
+            return
+        *lines, member.buffer = (member.buffer + data).split(b"\n")
+        for line in lines:
+            self._heard(member, json.loads(line))
+
+    def _heard(self, member: _Member, message: dict[str, Any]) -> None:
+        event = message["event"]
+        if event == "here":
+            member.about = message
+            if message.get("parent") and self.parent is None:
+                self.parent = int(message["parent"])
+                with contextlib.suppress(OSError):
+                    self.selector.register(os.pidfd_open(self.parent), selectors.EVENT_READ, ("parent", None))
+        elif event == "done":
+            member.finished = True
+        else:
+            member.finished = True
+            self.waiting.append(member)
+            self._fail({"failed": 0, "refused": 0, "interrupted": 1, "lost a peer": 2}[event], member, message)
+
+    def _ended(self, member: _Member) -> None:
+        if member.connected:
+            self._read(member)  # its last words may be waiting
+        member.alive = False
+        self.selector.unregister(member.pidfd)
+        if not member.finished:
+            self._fail(0, member, {"event": "died", "cause": how_it_ended(member.pidfd, member.pid)})
+
+    def _fail(self, distance: int, member: _Member | None, what: dict[str, Any]) -> None:
+        if not self.told:  # afterwards it is our own doing
+            self.failures.append((distance, member, what))
+        elif member in self.waiting:
+            self._release()
+        self.failed_at = self.failed_at or time.monotonic()
+
+    def _act(self) -> None:
+        if self.failed_at is None:
+            return
+        elapsed = time.monotonic() - self.failed_at
+        if not self.told and (elapsed > SETTLE_S or not any(m.alive and not m.finished for m in self.members)):
+            self._tell()
+        while self.told and self.steps and elapsed > self.steps[0][0]:
+            _, number = self.steps.pop(0)
+            for member in self.members:
+                member.kill(number)
+
+    def _tell(self) -> None:
+        """One sentence about the failure nearest to the cause, earliest first; then the failed ranks may go."""
+        if self.told:
+            return
+        self.told = True
+        _, member, what = min(self.failures, key=lambda failure: failure[0])
+        text = what.get("traceback") or ""
+        if what.get("event") == "refused":
+            text += f"error: {what['cause']}\n"
+        elif what.get("event") != "interrupted":
+            about = member.about if member else {}
+            who = f"Rank {about.get('rank')} on {about.get('host')} (pid {member.pid})" if member else "Watch:"
+            others = sum(1 for m in self.members if m is not member and m.alive)
+            text += f"{who} {what['cause']}" + (
+                f"; ending the other {others} rank{'s' * (others != 1)} here.\n" if others else ".\n"
+            )
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode(errors="replace"))
+        for other in self.members:  # those that only wait for others have nothing to add
+            if other is not member and not other.finished and what.get("event") != "refused":
+                other.kill(signal.SIGTERM)
+        self._release()
+
+    def _release(self) -> None:
+        for member in self.waiting:
+            with contextlib.suppress(OSError):
+                member.connection.sendall(b"heard\n")
+        self.waiting.clear()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    _Watcher(socket.socket(fileno=int(sys.argv[1]))).run()

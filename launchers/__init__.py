@@ -1,0 +1,1 @@
+"""One file a launcher: each builds a Rank and calls common.training.train."""

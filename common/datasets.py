@@ -15,7 +15,8 @@ from common.errors import UsageError, one_line
 from common.parts import accepted, build, load_class
 from common.sampling import part_of
 
-SPLIT_SEED = 1797  # of the 80/20 split; fixed, so that every run is evaluated on the same samples
+DIGITS_MEAN, DIGITS_STD = 0.305, 0.325  # of all pixels, scaled to 0..1
+SPLIT_SEED = 0  # of the 80/20 split; fixed, so that every run is evaluated on the same samples
 
 
 class Dataset(Protocol):
@@ -56,11 +57,14 @@ class Tensors:
 
 
 def digits() -> tuple[Tensors, Tensors]:
-    """1,437 training and 360 test digits: float32 (n, 1, 28, 28) in [0, 1], labels int64 (n,). Source: common/data/DIGITS.md."""
+    """1,437 training and 360 test digits: float32 (n, 1, 28, 28) with mean 0 and deviation 1, labels int64 (n,).
+
+    Source: common/data/DIGITS.md.
+    """
     with np.load(Path(__file__).parent / "data" / "digits.npz") as file:
         images, labels = file["images"], file["labels"]
     x = torch.from_numpy(images).float().div_(16).unsqueeze(1)
-    x = F.interpolate(x, size=(28, 28), mode="bilinear", align_corners=False)
+    x = F.interpolate(x, size=(28, 28), mode="bilinear", align_corners=False).sub_(DIGITS_MEAN).div_(DIGITS_STD)
     return split(Tensors(x, torch.from_numpy(labels).long()))
 
 

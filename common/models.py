@@ -29,6 +29,7 @@ class CNN(nn.Module):
         self.classes = nn.Linear(128, 10)
         for layer in (self.conv1, self.conv2, self.hidden):  # He et al. 2015, arXiv:1502.01852: learns in half the epochs
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
     def forward(self, image: Tensor, labels: Tensor | None = None) -> Output:

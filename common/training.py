@@ -81,6 +81,7 @@ class _Run:
     eval_accuracy: list[float | None] = field(default_factory=list)
     step_seconds: float = 0.0  # in training steps after the first
     eval_seconds: float = 0.0
+    epoch_end_seconds: list[float] = field(default_factory=list)  # of each epoch, from the end of the first step
 
     def epochs(self) -> None:
         """Trains and evaluates, epoch by epoch."""
@@ -98,9 +99,9 @@ class _Run:
             # One reduction an epoch: sums over samples, divided once by the number of samples.
             totals = self.group.sum(torch.cat([sums.double().cpu(), seen]))
             self.eval_seconds += events.now() - trained
+            self.epoch_end_seconds.append(self.phases.mark("training_done") - self.phases.marks["first_step_done"])
             self._note_epoch(epoch, sampler, totals)
         self.samples_after_first_step = sampler.samples_per_epoch * self.config.epochs - int(sampler.batch_samples()[0])
-        self.phases.mark("training_done")
 
     def _train_epoch(
         self, epoch: int, sampler: Exact | Distributed, gradients: Gradients, optimizer: torch.optim.Optimizer, with_labels: bool
@@ -208,6 +209,7 @@ class _Run:
                 "train_seconds": train_seconds,
                 "step_seconds": step_seconds,
                 "eval_seconds": eval_seconds,
+                "epoch_end_seconds": self.epoch_end_seconds,
                 "samples_per_second": rate,
                 "launch_seconds": launch_seconds,
                 "phases": slowest,

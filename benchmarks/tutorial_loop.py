@@ -75,11 +75,17 @@ def main() -> None:
         print(f"Tutorial loop: {world_size} ranks, {samples / seconds:,.0f} samples/s, rank 0's last loss {losses[-1]:.4f}")
         if config.result:
             result = {
-                "launcher": "tutorial", "world_size": world_size, "threads_per_rank": torch.get_num_threads(), "sampler": "distributed",
-                "loss_per_step": [], "train_loss_per_epoch": losses, "eval_loss_per_epoch": [], "eval_accuracy": [],
-                "train_seconds": seconds, "samples_per_second": samples / seconds, "launch_seconds": phases.marks["first_step_done"],
-                "phases": phases.marks, "peak_memory_bytes": None, "parameter_sha256": None,
-            }  # fmt: skip
+                "launcher": "tutorial",
+                "world_size": world_size,
+                "threads_per_rank": torch.get_num_threads(),
+                "sampler": "distributed",
+                "loss_per_step": [],
+                "train_loss_per_epoch": losses,
+                "train_seconds": seconds,
+                "samples_per_second": samples / seconds,
+                "launch_seconds": phases.marks["first_step_done"],
+                "phases": phases.marks,
+            }
             write_json(config.result, result)
     dist.destroy_process_group()
 

@@ -1,0 +1,196 @@
+"""The pictures of a comparison. Each is drawn from what compare.json holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness.parity import FP32_LIMIT, FP32_STEPS, FP64_LIMIT, relative_differences
+from benchmarks.harness.session import Session
+from benchmarks.harness.statistics import Spread
+from benchmarks.harness.summary import Row, first_result
+from common.plots import COLOURS, MARKERS, figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg")
+
+
+def _both(drawn: Figure, folder: Path, name: str, caption: str) -> list[Path]:
+    paths = [folder / f"{name}{kind}" for kind in FORMATS]
+    save(drawn, paths[0], caption)
+    save(drawn, paths[1])
+    return paths
+
+
+def _launchers(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row.name for row in rows))
+
+
+def _with_range(axes: Axes, points: list[tuple[float, Spread]], number: int, label: str | None) -> None:
+    axes.errorbar(
+        [x for x, _ in points],
+        [s.median for _, s in points],
+        yerr=[[s.median - s.low for _, s in points], [s.high - s.median for _, s in points]],
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=5,
+        capsize=3,
+        linewidth=1.4,
+        label=label,
+    )
+
+
+def speedup(rows: list[Row], folder: Path, caption: str, cores: int, threads: int, weak: bool) -> list[Path]:
+    """Measured speedup of training with ranges, the ideal line, and the efficiency below."""
+    drawn = figure(9.5, 6.5)
+    axes = drawn.subplots(2, 2, sharex=True, height_ratios=[3, 1.4])
+    sizes = sorted({row.case.world_size for row in rows})
+    bases = (("one_rank", f"training, against one process with {threads} thread{'s' * (threads > 1)}"),
+             ("all_threads", f"training, against one process with {cores} threads"))  # fmt: skip
+    highest = 1.0
+    for column, (base, title) in enumerate(bases):
+        upper, lower = axes[0][column], axes[1][column]
+        for number, launcher in enumerate(_launchers(rows)):
+            # A little apart, so that launchers that are equal can be told from each other.
+            shift = 1 + 0.025 * (number - (len(_launchers(rows)) - 1) / 2)
+            points = [
+                (row.case.world_size * shift, s)
+                for row in rows
+                if row.name == launcher and (s := row.speedup[f"train_seconds/{base}"])
+            ]
+            if not points:
+                continue
+            highest = max(highest, *(s.high for _, s in points))
+            _with_range(upper, points, number, launcher)
+            each = [(x, Spread(s.median / round(x), s.low / round(x), s.high / round(x), s.samples)) for x, s in points]
+            _with_range(lower, each, number, None)
+        if base == "one_rank":
+            upper.plot(sizes, sizes, color="0.5", linestyle=":", label="ideal: as many times as ranks")
+        upper.axhline(1, color="0.5", linewidth=0.8)
+        upper.set_title(title)
+        lower.axhline(1, color="0.5", linestyle=":")
+        lower.set(xlabel="ranks", ylim=(0, 1.3))
+        lower.set_xscale("log", base=2)
+        lower.set_xticks(sizes, [f"{n}{'*' if n * threads > cores else ''}" for n in sizes])
+        lower.minorticks_off()
+    for upper in axes[0]:
+        upper.set_ylim(0, max(highest * 1.1, min(max(sizes), highest * 1.6)))
+    axes[0][0].set_ylabel("speedup (times)" + (", N·t(1)/t(N)" if weak else ""))
+    axes[1][0].set_ylabel("speedup / ranks")
+    axes[0][0].legend(loc="upper left")
+    drawn.suptitle(f"Speedup by launcher, {'weak' if weak else 'strong'} scaling: median and range", fontsize=12)
+    more = " * more ranks than cores." if any(n * threads > cores for n in sizes) else ""
+    return _both(drawn, folder, "speedup", f"{more} {caption}".strip())
+
+
+def wall_clock(rows: list[Row], folder: Path, caption: str) -> list[Path]:
+    """Launch, training and leaving, stacked per launcher and world size."""
+    parts = (("launch_seconds", "launch: command to the end of the first step", COLOURS[0]),
+             ("train_seconds", "training: all steps after the first, evaluation", COLOURS[2]),
+             ("leave_seconds", "leaving: end of training to end of command", COLOURS[4]))  # fmt: skip
+    shown = [row for row in rows if all(row.figures[name] for name, _, _ in parts)]
+    drawn = figure(9.5, 1.9 + 0.32 * len(shown))
+    axes = drawn.add_subplot()
+    labels = [f"{row.name} · {row.case.world_size}{'*' if row.oversubscribed else ''}" for row in shown]
+    left = [0.0] * len(shown)
+    for name, label, colour in parts:
+        widths = [s.median if (s := row.figures[name]) else 0.0 for row in shown]
+        axes.barh(labels, widths, left=left, color=colour, label=label, height=0.7)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for y, row in enumerate(shown):
+        if wall := row.figures["wall_seconds"]:
+            axes.errorbar(
+                wall.median, y, xerr=[[wall.median - wall.low], [wall.high - wall.median]], color="black", capsize=3, linewidth=1
+            )
+            axes.annotate(
+                f"{wall.median:.1f} s", (max(wall.high, left[y]), y), xytext=(5, 0), textcoords="offset points", va="center"
+            )
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.margins(x=0.1)
+    axes.set(xlabel="seconds (median; the bar's whisker is the range of the whole command)", ylabel="launcher · ranks")
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=1 if len(shown) < 4 else 3, fontsize=8)
+    more = " * more ranks than cores." if any(row.oversubscribed for row in shown) else ""
+    return _both(drawn, folder, "wall_clock", f"{more} {caption}".strip())
+
+
+def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads: int, weak: bool) -> list[Path]:
+    """Loss curves on top of each other, and their difference from the single process below, in both precisions."""
+    drawn = figure(10, 6.8)
+    axes = drawn.subplots(2, 2, height_ratios=[1.3, 1], sharex="col")
+    single: dict[str, dict[int, dict[str, Any] | None]] = {"fp32": {}, "fp64": {}}
+    for row in rows:
+        n = row.case.world_size
+        fp64 = [s for s in session.of("fp64 reference") if not weak or s.job.label.endswith(f" {n}")]
+        fp32 = [s for s in session.of("reference") if s.job.label.endswith(f" {n}")] if weak else []
+        one = [s for s in session.of("timed") if s.job.case.launcher == "plain" and s.job.case.world_size == 1]
+        single["fp64"][n], single["fp32"][n] = first_result(fp64), first_result(fp32 or one)
+    for column, (precision, role) in enumerate((("fp32", "timed"), ("fp64", "fp64"))):
+        upper, lower = axes[0][column], axes[1][column]
+        for number, launcher in enumerate(_launchers(rows)):
+            labelled = False
+            for row in (r for r in rows if r.name == launcher):
+                result, reference = first_result(session.of(role, row.case)), single[precision][row.case.world_size]
+                if not result or not result["loss_per_step"]:
+                    continue
+                steps = range(1, len(result["loss_per_step"]) + 1)
+                style: dict[str, Any] = {"color": COLOURS[number], "linewidth": 1.2, "alpha": 0.8}
+                upper.plot(steps, result["loss_per_step"], label=None if labelled else launcher, **style)
+                labelled = True
+                if reference and (launcher, row.case.world_size) != ("plain", 1):
+                    difference = relative_differences(result["loss_per_step"], reference["loss_per_step"])
+                    lower.plot(steps[: len(difference)], [max(d, 1e-18) for d in difference], **style)
+        control = first_result(session.of("control"))
+        reference = single[precision].get(min(single[precision], default=1))
+        if precision == "fp32" and control and reference:
+            difference = relative_differences(control["loss_per_step"], reference["loss_per_step"])
+            parts = session.of("control")[0].job.label.split()[-1]
+            label = f"control: one process that sums its batch in {parts} parts"
+            lower.plot(range(1, len(difference) + 1), [max(d, 1e-18) for d in difference], "k--", linewidth=1.4, label=label)
+        limit = FP32_LIMIT if precision == "fp32" else FP64_LIMIT
+        last = FP32_STEPS if precision == "fp32" else None
+        lower.plot(
+            [1, last] if last else lower.get_xlim(), [limit, limit], color="0.3", linestyle=":", linewidth=1.6,
+            label=f"allowed: {limit:.0e}" + (f" in the first {last} steps" if last else ""),
+        )  # fmt: skip
+        upper.set_title("float32, the timed runs" if precision == "fp32" else "float64, the runs that the verdict needs")
+        lower.set(xlabel="optimizer step", yscale="log")
+        lower.legend(loc="lower right", fontsize=8)
+    axes[0][0].set_ylabel("loss of the global batch")
+    axes[1][0].set_ylabel("relative difference\nfrom one process")
+    axes[0][0].legend()
+    drawn.suptitle("Same loss: every launcher and rank count, and one process", fontsize=12)
+    return _both(drawn, folder, "loss", f"Values of 0 are drawn at 1e-18. {caption}")
+
+
+def batch_sizes(points: list[dict[str, Any]], folder: Path, caption: str, target: float, rule: str) -> list[Path]:
+    """Samples/s and time to the target accuracy over the batch size per rank, a line per launcher and world size."""
+    drawn = figure(10, 4.6)
+    left, right = drawn.subplots(1, 2, sharex=True)
+    names = list(dict.fromkeys(p["name"] for p in points))
+    sizes = sorted({p["batch_size"] for p in points})
+    missed = False
+    for number, name in enumerate(names):
+        mine = [p for p in points if p["name"] == name]
+        _with_range(left, [(p["batch_size"], p["samples_per_second"]) for p in mine if p["samples_per_second"]], number, name)
+        _with_range(right, [(p["batch_size"], p["seconds_to_target"]) for p in mine if p["seconds_to_target"]], number, name)
+        for p in mine:
+            if not p["seconds_to_target"] and p["has_accuracy"]:
+                missed = True
+                right.plot(p["batch_size"], 0.04, "x", color=COLOURS[number], transform=right.get_xaxis_transform())
+    left.set(xlabel="batch size (samples per rank and forward pass)", ylabel="samples/s")
+    right.set(xlabel="batch size (samples per rank and forward pass)", ylabel=f"training seconds to {target:.0%} accuracy")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+    left.legend()
+    if not any(p["has_accuracy"] for p in points):
+        right.text(0.5, 0.5, "this job has no accuracy", ha="center", transform=right.transAxes)
+    drawn.suptitle(f"How large a batch? Learning rate scaled: {rule}", fontsize=12)
+    note = " × did not reach it in the epochs given." if missed else ""
+    return _both(drawn, folder, "batch_sizes", f"{note} {caption}".strip())

@@ -1,0 +1,125 @@
+"""What a person reads at the end of a comparison, on the screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness.session import Session
+from benchmarks.harness.statistics import Spread
+from benchmarks.harness.summary import Row, noisy, same_to_the_bit
+
+OVERSUBSCRIBED = "*"
+
+
+def _cell(value: Spread | None, digits: int = 2, scale: float = 1.0) -> str:
+    if value is None:
+        return "–"
+    return Spread(value.median * scale, value.low * scale, value.high * scale, value.samples).text(digits)
+
+
+def _ranks(row: Row) -> str:
+    return f"{row.case.world_size}{OVERSUBSCRIBED if row.oversubscribed else ''}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False, box=None)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    return table
+
+
+def show(console: Console, rows: list[Row], cores: int, threads: int, weak: bool) -> None:
+    """The tables: time, speedup, loss."""
+    s = "s" * (threads > 1)
+    time = _table(
+        f"Time: median (range), {threads} thread{s} per rank",
+        "launcher", "ranks", "command s", "launch s", "training s", "leaving s", "samples/s", "MiB/rank",
+    )  # fmt: skip
+    scaling = "weak scaling: N·t(1)/t(N)" if weak else "strong scaling: t(1)/t(N)"
+    gain = _table(
+        f"Speedup over one process, {scaling}",
+        "launcher", "ranks", f"training vs {threads} thread{s}", "efficiency", f"training vs {cores} threads",
+        f"command vs {threads} thread{s}", f"command vs {cores} threads",
+    )  # fmt: skip
+    loss = _table(
+        "Loss: is it the single process's?",
+        "launcher", "ranks", "train loss", "eval loss", "accuracy", "fp64, whole curve", "fp32, 20 steps", "verdict",
+    )  # fmt: skip
+    for row in rows:
+        f, head = row.figures, (row.name, _ranks(row))
+        time.add_row(
+            *head,
+            _cell(f["wall_seconds"]), _cell(f["launch_seconds"]), _cell(f["train_seconds"]), _cell(f["leave_seconds"]),
+            _cell(f["samples_per_second"], 0), f"{m.median / 2**20:,.0f}" if (m := f["peak_memory_bytes"]) else "–",
+        )  # fmt: skip
+        gain.add_row(
+            *head,
+            _cell(row.speedup["train_seconds/one_rank"]), f"{e.median:.0%}" if (e := row.efficiency) else "–",
+            _cell(row.speedup["train_seconds/all_threads"]), _cell(row.speedup["wall_seconds/one_rank"]),
+            _cell(row.speedup["wall_seconds/all_threads"]),
+        )  # fmt: skip
+        parity = row.parity
+        loss.add_row(
+            *head,
+            f"{x.median:.5f}" if (x := f["train_loss_per_epoch"]) else "–",
+            f"{x.median:.5f}" if (x := f["eval_loss_per_epoch"]) else "–",
+            f"{x.median:.2%}" if (x := f["eval_accuracy"]) else "–",
+            f"{parity.fp64:.1e}" if parity and parity.fp64 is not None else "–",
+            f"{parity.fp32:.1e}" if parity and parity.fp32 is not None else "–",
+            parity.verdict() if parity else "–",
+        )  # fmt: skip
+    for table in (time, gain, loss):
+        console.print(table)
+        console.print()
+    if any(row.oversubscribed for row in rows):
+        console.print(f"{OVERSUBSCRIBED} oversubscribed: more ranks × threads than the {cores} cores here.", highlight=False)
+
+
+def verdicts(console: Console, session: Session, rows: list[Row]) -> bool:
+    """Sentences that follow from the tables; returns whether all is well."""
+    well = True
+    judged = [row for row in rows if row.parity and row.parity.holds is not None]
+    broken = [row.case.name for row in judged if row.parity and not row.parity.holds]
+    if broken:
+        well = False
+        console.print(f"PARITY BROKEN: {'; '.join(broken)} did not compute the single process's loss.", style="bold red")
+    elif judged:
+        worst = max(row.parity.fp64 for row in judged if row.parity and row.parity.fp64 is not None)
+        console.print(
+            f"Same loss: all {len(judged)} agree with the single process (float64, worst relative difference {worst:.0e})."
+        )
+    for reason in sorted({row.parity.verdict() for row in rows if row.parity and not row.parity.promised}):
+        console.print(f"Same loss {reason}.")
+    for world_size, same in same_to_the_bit(rows).items():
+        told = "ended with the same parameters to the bit" if same else "did NOT end with the same parameters to the bit"
+        console.print(f"At {world_size} rank{'s' * (world_size > 1)} all launchers {told}.", style="" if same else "bold red")
+        well = well and same
+    if names := noisy(rows):
+        console.print(
+            f"Noisy: the repeats of {'; '.join(names)} differ by more than a quarter. Close other programs, or ask for "
+            "--repeats 7; do not read small differences from this run.",
+            style="yellow",
+        )
+    for sample in session.failures:
+        well = False
+        console.print("FAILED: ", style="bold red", end="")
+        console.print(f"{sample.failure}\ncommand: {sample.command}", markup=False, highlight=False)
+    return well
+
+
+def batch_table(points: list[dict[str, Any]], target: float) -> Table:
+    """One row a launcher, world size and batch size."""
+    table = _table(
+        "Batch sizes: median (range)",
+        "launcher", "ranks", "batch size", "learning rate", "samples/s", f"training s to {target:.0%}",
+    )  # fmt: skip
+    for p in points:
+        reached = _cell(p["seconds_to_target"]) if p["seconds_to_target"] or not p["has_accuracy"] else "not reached"
+        table.add_row(
+            p["launcher"], str(p["world_size"]), str(p["batch_size"]), f"{p['learning_rate']:g}",
+            _cell(p["samples_per_second"], 0), reached,
+        )  # fmt: skip
+    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,46 +45,52 @@ def _with_range(axes: Axes, points: list[tuple[float, Spread]], number: int, lab
 
 
 def speedup(rows: list[Row], folder: Path, caption: str, cores: int, threads: int, weak: bool) -> list[Path]:
-    """Measured speedup of training with ranges, the ideal line, and the efficiency below."""
+    """Measured speedup of training and of the whole command with ranges, the ideal line, and the efficiency below."""
     drawn = figure(9.5, 6.5)
-    axes = drawn.subplots(2, 2, sharex=True, height_ratios=[3, 1.4])
+    axes = drawn.subplots(2, 2, sharex=True, sharey="row", height_ratios=[3, 1.4])
     sizes = sorted({row.case.world_size for row in rows})
-    bases = (("one_rank", f"training, against one process with {threads} thread{'s' * (threads > 1)}"),
-             ("all_threads", f"training, against one process with {cores} threads"))  # fmt: skip
-    highest = 1.0
-    for column, (base, title) in enumerate(bases):
+    launchers = _launchers(rows)
+    one = f"one process with {threads} thread{'s' * (threads > 1)}"
+    highest, most = 1.0, 1.0
+    for column, (what, title) in enumerate((("train_seconds", "training"), ("wall_seconds", "whole command"))):
         upper, lower = axes[0][column], axes[1][column]
-        for number, launcher in enumerate(_launchers(rows)):
+        for number, launcher in enumerate(launchers):
             # A little apart, so that launchers that are equal can be told from each other.
-            shift = 1 + 0.025 * (number - (len(_launchers(rows)) - 1) / 2)
-            points = [
-                (row.case.world_size * shift, s)
-                for row in rows
-                if row.name == launcher and (s := row.speedup[f"train_seconds/{base}"])
-            ]
-            if not points:
+            shift = 1 + 0.025 * (number - (len(launchers) - 1) / 2)
+            mine = [(r.case.world_size, s) for r in rows if r.name == launcher and (s := r.speedup[f"{what}/one_rank"])]
+            if not mine:
                 continue
-            highest = max(highest, *(s.high for _, s in points))
-            _with_range(upper, points, number, launcher)
-            each = [(x, Spread(s.median / round(x), s.low / round(x), s.high / round(x), s.samples)) for x, s in points]
-            _with_range(lower, each, number, None)
-        if base == "one_rank":
-            upper.plot(sizes, sizes, color="0.5", linestyle=":", label="ideal: as many times as ranks")
+            each = [(n, Spread(s.median / n, s.low / n, s.high / n, s.samples)) for n, s in mine]
+            highest, most = max(highest, *(s.high for _, s in mine)), max(most, *(s.high for _, s in each))
+            _with_range(upper, [(n * shift, s) for n, s in mine], number, launcher)
+            _with_range(lower, [(n * shift, s) for n, s in each], number, None)
+        upper.plot(sizes, sizes, color="0.5", linestyle=":", label="ideal: as many times as ranks")
         upper.axhline(1, color="0.5", linewidth=0.8)
-        upper.set_title(title)
+        if whole := _all_threads(rows, what):
+            upper.axhline(whole, color="black", linestyle="--", linewidth=1, label=f"one process with all {cores} threads")
+        upper.set_title(f"{title}, against {one}")
         lower.axhline(1, color="0.5", linestyle=":")
-        lower.set(xlabel="ranks", ylim=(0, 1.3))
+        lower.set(xlabel="ranks")
         lower.set_xscale("log", base=2)
         lower.set_xticks(sizes, [f"{n}{'*' if n * threads > cores else ''}" for n in sizes])
         lower.minorticks_off()
-    for upper in axes[0]:
-        upper.set_ylim(0, max(highest * 1.1, min(max(sizes), highest * 1.6)))
+    axes[0][0].set_ylim(0, max(highest * 1.15, min(max(sizes), highest * 1.6)))
+    axes[1][0].set_ylim(0, most * 1.15)
     axes[0][0].set_ylabel("speedup (times)" + (", N·t(1)/t(N)" if weak else ""))
     axes[1][0].set_ylabel("speedup / ranks")
     axes[0][0].legend(loc="upper left")
     drawn.suptitle(f"Speedup by launcher, {'weak' if weak else 'strong'} scaling: median and range", fontsize=12)
     more = " * more ranks than cores." if any(n * threads > cores for n in sizes) else ""
     return _both(drawn, folder, "speedup", f"{more} {caption}".strip())
+
+
+def _all_threads(rows: list[Row], what: str) -> float | None:
+    """How many times faster one process with all threads is than with one rank's."""
+    for row in rows:
+        one, whole = row.speedup[f"{what}/one_rank"], row.speedup[f"{what}/all_threads"]
+        if one and whole and whole.median:
+            return one.median / whole.median
+    return None
 
 
 def wall_clock(rows: list[Row], folder: Path, caption: str) -> list[Path]:
@@ -141,29 +148,35 @@ def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads:
                 upper.plot(steps, result["loss_per_step"], label=None if labelled else launcher, **style)
                 labelled = True
                 if reference and (launcher, row.case.world_size) != ("plain", 1):
-                    difference = relative_differences(result["loss_per_step"], reference["loss_per_step"])
-                    lower.plot(steps[: len(difference)], [max(d, 1e-18) for d in difference], **style)
+                    _growing(lower, result, reference, **style)
         control = first_result(session.of("control"))
         reference = single[precision].get(min(single[precision], default=1))
         if precision == "fp32" and control and reference:
-            difference = relative_differences(control["loss_per_step"], reference["loss_per_step"])
             parts = session.of("control")[0].job.label.split()[-1]
             label = f"control: one process that sums its batch in {parts} parts"
-            lower.plot(range(1, len(difference) + 1), [max(d, 1e-18) for d in difference], "k--", linewidth=1.4, label=label)
+            _growing(lower, control, reference, color="black", linestyle="--", linewidth=1.4, label=label)
         limit = FP32_LIMIT if precision == "fp32" else FP64_LIMIT
         last = FP32_STEPS if precision == "fp32" else None
         lower.plot(
-            [1, last] if last else lower.get_xlim(), [limit, limit], color="0.3", linestyle=":", linewidth=1.6,
+            [1, last or len((first_result(session.of(role)) or {}).get("loss_per_step", [1]))], [limit, limit], color="0.3", linestyle=":", linewidth=1.6,
             label=f"allowed: {limit:.0e}" + (f" in the first {last} steps" if last else ""),
         )  # fmt: skip
         upper.set_title("float32, the timed runs" if precision == "fp32" else "float64, the runs that the verdict needs")
         lower.set(xlabel="optimizer step", yscale="log")
         lower.legend(loc="lower right", fontsize=8)
     axes[0][0].set_ylabel("loss of the global batch")
-    axes[1][0].set_ylabel("relative difference\nfrom one process")
+    axes[1][0].set_ylabel("largest relative difference\nfrom one process so far")
     axes[0][0].legend()
     drawn.suptitle("Same loss: every launcher and rank count, and one process", fontsize=12)
-    return _both(drawn, folder, "loss", f"Values of 0 are drawn at 1e-18. {caption}")
+    return _both(drawn, folder, "loss", f"What never differs (0) is not drawn. {caption}")
+
+
+def _growing(axes: Axes, result: dict[str, Any], reference: dict[str, Any], **style: Any) -> None:
+    """The largest relative difference up to each step, from the first that is not 0."""
+    difference = itertools.accumulate(relative_differences(result["loss_per_step"], reference["loss_per_step"]), max)
+    points = [(step, d) for step, d in enumerate(difference, 1) if d > 0]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
 
 
 def batch_sizes(points: list[dict[str, Any]], folder: Path, caption: str, target: float, rule: str) -> list[Path]:

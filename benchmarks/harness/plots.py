@@ -157,9 +157,9 @@ def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads:
             _growing(lower, control, reference, color="black", linestyle="--", linewidth=1.4, label=label)
         limit = FP32_LIMIT if precision == "fp32" else FP64_LIMIT
         last = FP32_STEPS if precision == "fp32" else None
-        steps = len((first_result(session.of(role)) or {}).get("loss_per_step", []))
+        count = len((first_result(session.of(role)) or {}).get("loss_per_step", []))
         label = f"allowed: {limit:.0e}" + (f" in the first {last} steps" if last else "")
-        lower.plot([1, last or steps], [limit, limit], color="0.3", linestyle=":", linewidth=1.6, label=label)
+        lower.plot([1, last or count], [limit, limit], color="0.3", linestyle=":", linewidth=1.6, label=label)
         upper.set_title("float32, the timed runs" if precision == "fp32" else "float64, the runs that the verdict needs")
         lower.set(xlabel="optimizer step", yscale="log")
         lower.legend(loc="center right", fontsize=8, frameon=True)

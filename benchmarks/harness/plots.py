@@ -21,8 +21,8 @@ FORMATS = (".png", ".svg")
 
 def _both(drawn: Figure, folder: Path, name: str, caption: str) -> list[Path]:
     paths = [folder / f"{name}{kind}" for kind in FORMATS]
-    save(drawn, paths[0], caption)
-    save(drawn, paths[1])
+    for path in paths:
+        save(drawn, path, caption)
     return paths
 
 

@@ -92,6 +92,8 @@ class Running:
 
     def _ended_within(self, seconds: float) -> bool:
         """Wakes at the end itself: Popen.wait with a time limit polls, up to 50 ms late."""
+        if self._process.poll() is not None:
+            return True
         seconds = max(0.0, seconds)
         if hasattr(os, "pidfd_open"):
             descriptor = os.pidfd_open(self._process.pid)

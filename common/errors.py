@@ -57,4 +57,6 @@ def exit_status(main: Callable[[], int | None], speaks: bool = True) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as left:
+        if isinstance(left.code, str):  # sys.exit("why")
+            complain(left.code)
         return left.code if isinstance(left.code, int) else int(left.code is not None)

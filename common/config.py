@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -75,6 +76,14 @@ def positive(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ValueError("a number above 0")
     return value
+
+
+def seconds(text: str) -> float:
+    """Seconds above 0, at most a week: clocks below count in milliseconds and do not take any number."""
+    with contextlib.suppress(ValueError):
+        if positive(text) <= 604800:
+            return float(text)
+    raise ValueError("a number of seconds above 0, at most 604800 (a week)")
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -169,7 +178,7 @@ class TrainConfig:
     threads: int | None = flag(MACHINE, whole(1), "CPU threads per rank (default: this node's usable cores / its ranks)")
     precision: str = flag(MACHINE, one_of("fp32", "fp64"), "of weights, data and gradients", "fp32", "NAME")
     timeout: float = flag(
-        MACHINE, positive, "seconds to wait for a missing or silent rank (default: 60 on one node, 600 on several)", None, "S"
+        MACHINE, seconds, "seconds to wait for a missing or silent rank (default: 60 on one node, 600 on several)", None, "S"
     )
 
     log_every: int = flag(OUTPUT, whole(0), "print the local loss every N steps; 0: only per epoch", 0)
@@ -217,9 +226,11 @@ def settings() -> dict[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path.resolve()}: cannot be read ({error}); mend it or take it away") from None
         if bad:
-            raise UsageError(
-                f"{path.resolve()}, line {bad.original.line}: {bad.original.string.strip()!r} is no NAME=value; mend that line"
-            )
+            text = bad.original.string
+            line = bad.original.line + text[: len(text) - len(text.lstrip())].count(
+                "\n"
+            )  # it begins with the empty lines before it
+            raise UsageError(f"{path.resolve()}, line {line}: {text.strip()!r} is no NAME=value; mend that line")
         merged |= {name: value for name, value in dotenv_values(path).items() if value is not None}
     return merged | dict(os.environ)
 
@@ -353,13 +364,13 @@ def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> TrainConfig:
 
 def check_writable(what: str, path: Path) -> None:
     """Raises UsageError unless a file can be made beside ``path`` (which a write replaces as a whole)."""
-    if path.is_dir():
-        raise UsageError(f"{what}: is a folder; name a file")
     folder = path.absolute().parent
-    if not folder.is_dir():
-        raise UsageError(f"{what}: there is no folder {folder}; make it first, or name another file")
     probe = folder / f".{path.name}.{os.getpid()}.part"
     try:
+        if path.is_dir():
+            raise UsageError(f"{what}: is a folder; name a file")
+        if not folder.is_dir():
+            raise UsageError(f"{what}: there is no folder {folder}; make it first, or name another file")
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -115,6 +115,12 @@ class Subset:
         """One sample."""
         return self.data[self.indices[index]]
 
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """The samples ``indices``, gathered at once where the data set can."""
+        chosen = [self.indices[i] for i in indices]
+        gather = getattr(self.data, "__getitems__", None)
+        return gather(chosen) if gather else [self.data[i] for i in chosen]
+
 
 def custom(config: TrainConfig) -> tuple[Dataset, Dataset]:
     """Train and eval parts of the class that ``--dataset`` names.
@@ -143,10 +149,14 @@ def custom(config: TrainConfig) -> tuple[Dataset, Dataset]:
 
 def _check(path: str, data: Any) -> None:
     try:
-        length, (_, _) = len(data), data[0]
+        length = len(data)
+        if length:
+            _, _ = data[0]
+            fetch(data, torch.arange(1), torch.device("cpu"), torch.float32)
     except Exception as error:
         raise UsageError(
-            f"--dataset {path}: does not fit ({one_line(error)}); it needs __len__, and __getitem__(index) that returns (x, y)"
+            f"--dataset {path}: does not fit ({one_line(error)}); it needs __len__, and __getitem__(index) that returns (x, y), "
+            "each a tensor, an array or a number"
         ) from None
     if length < 1:
         raise UsageError(f"--dataset {path}: is empty")

@@ -12,6 +12,10 @@ from collections.abc import Callable
 class UsageError(Exception):
     """Bad input: its text is one line that says what was given, what is allowed and what to do (exit status 2)."""
 
+    def __init__(self, text: str) -> None:
+        """``text`` may quote what was given; its line breaks become spaces."""
+        super().__init__(" ".join(text.splitlines()))
+
 
 class RunError(Exception):
     """A run that failed for a reason that its text explains in one line; a traceback would add nothing (exit status 1)."""
@@ -53,4 +57,6 @@ def exit_status(main: Callable[[], int | None], speaks: bool = True) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as left:
+        if isinstance(left.code, str):  # sys.exit("why")
+            complain(left.code)
         return left.code if isinstance(left.code, int) else int(left.code is not None)

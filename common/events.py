@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -31,8 +32,11 @@ def started_at(pid: int) -> float:
     return int(_stat(pid)[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def is_launching(argv: Sequence[str]) -> bool:
-    """Whether a command line starts ranks: a launcher's program, or Python running one of launchers/ or its children."""
+def is_launching(argv: Sequence[str], folder: str = "") -> bool:
+    """Whether a command line, typed in ``folder``, starts ranks.
+
+    It does if it is a launcher's program, or Python running one, a file of launchers/, or a process of multiprocessing's.
+    """
     if not argv:
         return False
     program = Path(argv[0]).name
@@ -40,10 +44,19 @@ def is_launching(argv: Sequence[str]) -> bool:
         return True
     if not program.startswith("python"):
         return False
-    for word in argv[1:4]:
-        path = Path(word)
-        if path.name in LAUNCHERS or "multiprocessing" in word or (path.suffix == ".py" and path.parent.name == "launchers"):
-            return True
+    words = iter(argv[1:])
+    for word in words:
+        if not word.startswith("-"):
+            path = Path(folder, word)
+            return path.name in LAUNCHERS or (path.suffix == ".py" and path.parent.name == "launchers")
+        if word[1:2] in ("X", "W"):  # python's own options; these two take a value
+            if len(word) == 2:
+                next(words, "")
+        elif not word.startswith("--") and (found := min((i for i in (word.find("m"), word.find("c")) if i > 0), default=0)):
+            value = word[found + 1 :] or next(words, "")
+            if word[found] == "m":
+                return value in LAUNCHERS or value.startswith(("launchers.", "accelerate.commands."))
+            return value.startswith("from multiprocessing.")
     return False
 
 
@@ -52,9 +65,12 @@ def launching_ancestors(pid: int | None = None) -> list[int]:
     chain: list[int] = []
     try:
         parent = int(_stat(pid or os.getpid())[1])
-        while parent > 1:
+        while parent > 0:  # in a container the launcher may be process 1
             argv = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-            if not is_launching(argv):
+            folder = ""
+            with contextlib.suppress(OSError):  # another user's process does not tell
+                folder = os.readlink(f"/proc/{parent}/cwd")
+            if not is_launching(argv, folder):
                 break
             chain.append(parent)
             parent = int(_stat(parent)[1])

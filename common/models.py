@@ -80,6 +80,8 @@ def _output(logits: Tensor, labels: Tensor | None) -> Output:
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy for whole-number labels, else the mean squared error; a mean over the samples."""
     if labels.is_floating_point():
+        if logits.shape != labels.shape:  # mse_loss would stretch one over the other: no mean over samples any more
+            raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must have the same shape")
         return F.mse_loss(logits, labels)
     return F.cross_entropy(logits, labels)
 
@@ -155,11 +157,15 @@ def check_fit(config: TrainConfig, model: nn.Module, x: Tensor, y: Tensor) -> No
 
 def batch_dependent(model: nn.Module) -> list[str]:
     """Kinds of layers whose output depends on the rest of the batch or on chance: for them N ranks are not one process."""
-    norm, drop = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
-    found = {
-        type(m).__name__ for m in model.modules() if isinstance(m, norm) or (isinstance(m, drop) and m.p > 0)
-    }  # fmt: skip
-    return sorted(found)
+    always = (nn.modules.batchnorm._BatchNorm, nn.RReLU)
+
+    def depends(m: nn.Module) -> bool:
+        chance = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else 0
+        if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):  # these drop without a layer of their own
+            chance = m.dropout
+        return isinstance(m, always) or chance > 0
+
+    return sorted({type(m).__name__ for m in model.modules() if depends(m)})
 
 
 def describe(model: nn.Module) -> str:

@@ -40,7 +40,7 @@ class Group:
         """The element-wise sum of ``values`` (float64 on CPU, any shape) over all ranks, on every rank."""
         if self.backend is None or self.rank.world_size == 1:
             return values
-        carried = values.to(self.device if self.backend == "nccl" else "cpu")
+        carried = values.to(self.device if self.backend == "nccl" else "cpu", copy=True)  # the caller's stay as they are
         dist.all_reduce(carried)
         _until_released(carried)
         return carried.cpu()

@@ -31,6 +31,7 @@ KILL_S = 2.5  # then SIGKILL: 3 s in all, below the promised 5
 REPLY_S = 2.0  # how long a failed rank waits to be heard
 supported = hasattr(os, "pidfd_open") and hasattr(socket, "AF_UNIX") and sys.platform == "linux"
 
+WITHOUT_A_WORD = "ended without a word (killed, or left by os._exit)"
 _PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info), linux/pidfd.h; exit codes since Linux 6.15
 _PIDFD_INFO_EXIT = 1 << 3
 
@@ -48,7 +49,10 @@ class Reporter:
             key: names the run on this node; the same in all its ranks, and in no other run at the time.
             about: rank, host, local_world_size, and optionally parent: a launcher's pid whose end ends the ranks.
         """
-        address = f"\0launchlab-{os.getuid()}-{key}"
+        import hashlib  # here only: the watcher itself is to be up quickly
+
+        # A name may have 107 bytes (unix(7)), a host's name alone 253.
+        address = f"\0launchlab-{os.getuid()}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
         with socket.socket(socket.AF_UNIX) as listener:
             try:
                 listener.bind(address)
@@ -103,8 +107,11 @@ class _Member:
         self.buffer = b""
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         self.pid: int = struct.unpack("3i", credentials)[0]
-        self.pidfd = os.pidfd_open(self.pid)
         self.connected = self.alive = True
+        try:
+            self.pidfd = os.pidfd_open(self.pid)
+        except OSError:  # gone before we were up, and reaped by its parent
+            self.alive = False
         self.finished = False
         self.about: dict[str, Any] = {}
 
@@ -137,7 +144,7 @@ def how_it_ended(pidfd: int, pid: int) -> str:
         except (OSError, IndexError, ValueError):
             pass
     if status is None:
-        return "ended without a word (killed, or left by os._exit)"
+        return WITHOUT_A_WORD
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         with contextlib.suppress(ValueError):
@@ -152,6 +159,7 @@ class _Watcher:
     def __init__(self, listener: socket.socket) -> None:
         self.selector = selectors.DefaultSelector()
         self.listener = listener
+        listener.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ, ("knock", None))
         self.members: list[_Member] = []
         self.failures: list[tuple[int, _Member | None, dict[str, Any]]] = []  # (distance from the cause, who, what)
@@ -160,6 +168,7 @@ class _Watcher:
         self.steps: list[tuple[float, int]] = [(SETTLE_S + TERM_S, signal.SIGTERM), (KILL_S, signal.SIGKILL)]
         self.waiting: list[_Member] = []
         self.parent: int | None = None
+        self.orphaned = False
 
     def run(self) -> None:
         """Until every rank that came has left."""
@@ -175,22 +184,34 @@ class _Watcher:
                     self._ended(member)
                 elif what == "parent":
                     self.selector.unregister(key.fileobj)
-                    if any(m.alive and not m.finished for m in self.members):
-                        self._fail(0, None, {"cause": "the launcher that started this node's ranks is gone"})
+                    self.orphaned = True
+            if self.orphaned:
+                self._launcher_is_gone()
             self._act()
         if self.failures:
             self._tell()
 
+    def _launcher_is_gone(self) -> None:
+        self.orphaned = False
+        for member in self.members:
+            if member.connected:
+                self._read(member)  # a rank that said that it is done before that needs no launcher
+        if any(m.alive and not m.finished for m in self.members):
+            self._fail(0, None, {"cause": "the launcher that started this node's ranks is gone"})
+
     def _welcome(self) -> None:
-        connection, _ = self.listener.accept()
-        try:
-            member = _Member(connection)
-        except OSError:  # gone already
-            connection.close()
-            return
-        self.members.append(member)
-        self.selector.register(connection, selectors.EVENT_READ, ("word", member))
-        self.selector.register(member.pidfd, selectors.EVENT_READ, ("end", member))
+        """Lets in all who wait: with the first of them gone already, nobody may stay outside."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                member = _Member(self.listener.accept()[0])
+                self.members.append(member)
+                self.selector.register(member.connection, selectors.EVENT_READ, ("word", member))
+                if member.alive:
+                    self.selector.register(member.pidfd, selectors.EVENT_READ, ("end", member))
+                else:
+                    self._read(member)
+                    if not member.finished:
+                        self._fail(0, member, {"event": "died", "cause": WITHOUT_A_WORD})
 
     def _read(self, member: _Member) -> None:
         try:
@@ -213,8 +234,10 @@ class _Watcher:
             member.about = message
             if message.get("parent") and self.parent is None:
                 self.parent = int(message["parent"])
-                with contextlib.suppress(OSError):
+                try:
                     self.selector.register(os.pidfd_open(self.parent), selectors.EVENT_READ, ("parent", None))
+                except ProcessLookupError:
+                    self.orphaned = True
         elif event == "done":
             member.finished = True
         else:

@@ -43,7 +43,7 @@ class OneByOne(TorchDataset[tuple[Tensor, Tensor]]):
 def main() -> None:
     """One rank of the tutorial's loop; rank 0 writes ``--result``."""
     config = parse_config("tutorial_loop.py", __doc__ or "")
-    phases = events.Phases(events.command_started())
+    phases = events.Phases(events.command_started(events.launching_ancestors()))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(config.threads or 1)
     dist.init_process_group("gloo")

@@ -175,9 +175,9 @@ class TrainConfig:
 
     backend: str = flag(MACHINE, one_of("auto", "gloo", "nccl"), "how ranks talk: nccl for CUDA, else gloo", "auto", "NAME")
     device: str = flag(MACHINE, one_of("auto", "cpu", "cuda", "mps"), "auto: CUDA if each local rank has one", "auto", "NAME")
-    threads: int | None = flag(MACHINE, whole(1), "CPU threads per rank (default: this node's usable cores / its ranks)")
+    threads: int | None = flag(MACHINE, whole(1, 4096), "CPU threads per rank (default: this node's usable cores / its ranks)")
     precision: str = flag(MACHINE, one_of("fp32", "fp64"), "of weights, data and gradients", "fp32", "NAME")
-    timeout: float = flag(
+    timeout: float | None = flag(
         MACHINE, seconds, "seconds to wait for a missing or silent rank (default: 60 on one node, 600 on several)", None, "S"
     )
 
@@ -193,6 +193,10 @@ class TrainConfig:
     node_rank: int = flag(RANKS, whole(0), "this node's index, 0 to nnodes - 1", 0)
     master_addr: str = flag(RANKS, any_text, "address of node 0 (default: 127.0.0.1 on one node)", None, "HOST")
     master_port: int = flag(RANKS, whole(0, 65535), "port of rank 0 (default: 0, a free one, on one node; 29500 on several)")
+
+    def patience(self, one_node: bool) -> float:
+        """Seconds to wait for a rank: ``--timeout``, else short on one node, where ranks start together."""
+        return self.timeout or (60.0 if one_node else 600.0)
 
     def global_batch(self, world_size: int) -> int:
         """Samples per optimizer step over all ranks."""
@@ -351,8 +355,6 @@ def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> TrainConfig:
         if name in given and name not in used:
             raise UsageError(f"{given[name]}: {values['model']} on {values['dataset']} does not use it; it belongs to --job {jobs}")
     values.setdefault("data_size", job.data_size or JOBS.get(values["dataset"], JOBS["random"]).data_size)
-    several = values.get("nnodes", 1) > 1
-    values.setdefault("timeout", 600.0 if several else 60.0)
     config = TrainConfig(**values)
     for name in OUTPUT_FILES:
         if path := getattr(config, name):

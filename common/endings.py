@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common import events, watch
+from common import watch
 from common.errors import RunError, UsageError, complain, one_line
 from common.rank import Rank
 
@@ -48,10 +48,9 @@ def watched(rank: Rank) -> Iterator[None]:
     reporter = None
     host = socket.gethostname()
     if rank.world_size > 1 and watch.supported:
-        launchers = events.launching_ancestors()
         reporter = watch.Reporter(
             f"{rank.master_addr}:{rank.master_port}/{rank.store_prefix}/{rank.node_rank}",
-            {"rank": rank.rank, "host": host, "parent": launchers[0] if launchers else None},
+            {"rank": rank.rank, "host": host, "parent": rank.launchers[0] if rank.launchers else None},
         )
     try:
         yield

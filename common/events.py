@@ -79,13 +79,13 @@ def launching_ancestors(pid: int | None = None) -> list[int]:
     return chain
 
 
-def command_started() -> float | None:
-    """When the launcher's command started: its outermost launching ancestor's start, or this process's if it has none.
+def command_started(launchers: Sequence[int]) -> float | None:
+    """When the launcher's command started: the start of the last of ``launchers``, or of this process if there is none.
 
     None where the system does not tell (no /proc): better no launch time than one that leaves out the launcher.
     """
     try:
-        return started_at(([os.getpid(), *launching_ancestors()])[-1])
+        return started_at([os.getpid(), *launchers][-1])
     except OSError:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,18 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+def _strict(value: Any) -> Any:
+    """``value`` with None for what JSON cannot say: a loss that has become infinite or no number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return value
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """``value`` as JSON, one top-level key a line so that result files can be read and diffed."""
-    rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(item)}" for key, item in value.items())
+    rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(_strict(item), allow_nan=False)}" for key, item in value.items())
     write_whole(path, lambda stream: stream.write(f"{{\n{rows}\n}}\n".encode()))

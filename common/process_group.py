@@ -86,17 +86,17 @@ def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
         time.sleep(0.02)
 
 
-def _open_store(rank: Rank, config: TrainConfig, until: float) -> dist.Store:
+def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
     serve = rank.rank == 0 and not rank.store_is_served
     if not serve:
-        _wait_for_listener(rank, until, config.timeout)
+        _wait_for_listener(rank, until, patience)
     try:
         store: dist.Store = dist.TCPStore(
             rank.master_addr or "",
             rank.master_port,
             is_master=serve,
             wait_for_workers=False,
-            timeout=timedelta(seconds=config.timeout),
+            timeout=timedelta(seconds=patience),
         )
     except dist.DistNetworkError as error:
         if serve and "EADDRINUSE" in str(error):
@@ -105,7 +105,7 @@ def _open_store(rank: Rank, config: TrainConfig, until: float) -> dist.Store:
     return dist.PrefixStore(f"launchlab/{rank.store_prefix}", store)
 
 
-def _arrive(store: dist.Store, rank: Rank, config: TrainConfig, until: float) -> list[dict[str, Any]]:
+def _arrive(store: dist.Store, rank: Rank, config: TrainConfig, until: float, patience: float) -> list[dict[str, Any]]:
     """Writes this rank into the store, waits for the others, and compares what all were told.
 
     Raises:
@@ -128,8 +128,8 @@ def _arrive(store: dist.Store, rank: Rank, config: TrainConfig, until: float) ->
         if time.monotonic() > until:
             missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
             raise RunError(
-                f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {rank.world_size} did not arrive within "
-                f"{config.timeout:g} s (--timeout): started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
+                f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {rank.world_size} did not arrive within {patience:g} s "
+                "(--timeout): started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
             )
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
@@ -157,23 +157,24 @@ def process_group(rank: Rank, config: TrainConfig, device: torch.device) -> Iter
     """Joins the group of ``rank``, and leaves it when the work is done; a process on its own gets a group of one.
 
     Raises:
-        RunError: a rank did not arrive within ``config.timeout`` seconds.
+        RunError: a rank did not arrive within ``config.patience`` seconds.
         UsageError: ranks disagree on their flags, or the master's port is taken.
     """
     if not rank.forms_group:
         yield Group(rank, device, None, [{"host": socket.gethostname(), "node_rank": 0, "cores": sorted(usable_cores())}])
         return
     _choose_interface(rank)
-    until = time.monotonic() + config.timeout
-    store = _open_store(rank, config, until)
-    arrivals = _arrive(store, rank, config, until)
+    patience = config.patience(rank.one_node)
+    until = time.monotonic() + patience
+    store = _open_store(rank, until, patience)
+    arrivals = _arrive(store, rank, config, until, patience)
     backend = choose_backend(config, device)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", store),
         rank=rank.rank,
         world_size=rank.world_size,
-        timeout=timedelta(seconds=config.timeout),
+        timeout=timedelta(seconds=patience),
         device_id=device if backend == "nccl" else None,
     )
     yield Group(rank, device, backend, arrivals)

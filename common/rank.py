@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.errors import UsageError
+from common.events import launching_ancestors
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Rank:
     """The launcher already serves a store there (torchrun's agent does); else rank 0 serves it."""
     store_prefix: str = ""
     """Keeps the keys of one (re)start apart from those of the last one in a store that outlives it."""
+    launchers: tuple[int, ...] = field(default_factory=lambda: tuple(launching_ancestors()), compare=False)
+    """Process ids of who started this process in order to launch it, nearest first; looked up here, before torch is imported,
+    so that a launcher's death in that second is noticed."""
 
     def __post_init__(self) -> None:
         """Refuses impossible numbers."""

@@ -33,7 +33,7 @@ def train(config: TrainConfig, rank: Rank) -> None:
         UsageError: the configuration does not fit this machine or these ranks (one process on its own only).
         SystemExit: 2 after a UsageError among several ranks, 1 after any other failure; it has been told of by then.
     """
-    phases = events.Phases(events.command_started())
+    phases = events.Phases(events.command_started(rank.launchers))
     phases.mark("ranks_known")
     with watched(rank):
         _train(config, rank, phases)

@@ -36,9 +36,9 @@ def rank_from_spawn(local_rank: int, per_node: int, world_size: int, config: Tra
 
 def worker(local_rank: int, per_node: int, world_size: int, config: TrainConfig, port: int) -> None:
     """What runs in each process."""
+    rank = rank_from_spawn(local_rank, per_node, world_size, config, port)
     from common.training import train
 
-    rank = rank_from_spawn(local_rank, per_node, world_size, config, port)
     sys.exit(exit_status(lambda: train(config, rank)))
 
 

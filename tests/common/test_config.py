@@ -389,9 +389,9 @@ def test_the_size_of_the_digits_is_the_real_one():
     assert c.train_size(parse()) == c.DIGITS_TRAIN_SIZE == len(digits()[0])
 
 
-@pytest.mark.parametrize(("argv", "seconds"), [("", 60.0), ("--nnodes 2 --master_addr a", 600.0), ("--timeout 5 --nnodes 2", 5.0)])
-def test_the_default_time_limit_depends_on_the_nodes(argv, seconds):
-    assert parse(*argv.split()).timeout == seconds
+@pytest.mark.parametrize(("argv", "one_node", "seconds"), [("", True, 60.0), ("", False, 600.0), ("--timeout 5", False, 5.0)])
+def test_the_default_time_limit_depends_on_the_nodes(argv, one_node, seconds):
+    assert parse(*argv.split()).patience(one_node) == seconds
 
 
 # ------------------------------------------------------------------------------------------------------ output files

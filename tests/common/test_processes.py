@@ -110,7 +110,8 @@ TELL = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 from common import events
-print(json.dumps([events.launching_ancestors(), events.command_started()]))
+chain = events.launching_ancestors()
+print(json.dumps([chain, events.command_started(chain)]))
 """
 
 

@@ -45,6 +45,7 @@ def parser() -> Parser:
     """The command line."""
     p = Parser(
         prog="compare.py",
+        usage="compare.py [flags] [training flags]",
         description=__doc__,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
         allow_abbrev=False,

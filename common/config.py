@@ -173,10 +173,16 @@ class TrainConfig:
     )
     accumulate: int = flag(PARTS, whole(1), "parts that a rank's share of a step is cut into, one backward pass each", 1)
 
-    backend: str = flag(MACHINE, one_of("auto", "gloo", "nccl"), "how ranks talk: nccl for CUDA, else gloo", "auto", "NAME")
-    device: str = flag(MACHINE, one_of("auto", "cpu", "cuda", "mps"), "auto: CUDA if each local rank has one", "auto", "NAME")
+    backend: str = flag(MACHINE, one_of("auto", "gloo", "nccl"), "gloo, nccl or auto: nccl for CUDA, else gloo", "auto", "NAME")
+    device: str = flag(
+        MACHINE,
+        one_of("auto", "cpu", "cuda", "mps"),
+        "cpu, cuda, mps or auto: CUDA if each local rank has one, Apple's mps, else cpu",
+        "auto",
+        "NAME",
+    )
     threads: int | None = flag(MACHINE, whole(1, 4096), "CPU threads per rank (default: this node's usable cores / its ranks)")
-    precision: str = flag(MACHINE, one_of("fp32", "fp64"), "of weights, data and gradients", "fp32", "NAME")
+    precision: str = flag(MACHINE, one_of("fp32", "fp64"), "fp32 or fp64: of weights, data and gradients", "fp32", "NAME")
     timeout: float | None = flag(
         MACHINE, seconds, "seconds to wait for a missing or silent rank (default: 60 on one node, 600 on several)", None, "S"
     )
@@ -249,6 +255,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser(name: str, description: str, extra: Sequence[str]) -> _Parser:
     parser = _Parser(
         prog=name,
+        usage=f"{name} [flags]",
         description=textwrap.dedent(description).strip(),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
         epilog="Each flag also works with '-' for '_'. A flag's name in capitals is its environment variable; "

@@ -40,10 +40,16 @@ def is_launching(argv: Sequence[str]) -> bool:
         return True
     if not program.startswith("python"):
         return False
-    for word in argv[1:4]:
-        path = Path(word)
-        if path.name in LAUNCHERS or "multiprocessing" in word or (path.suffix == ".py" and path.parent.name == "launchers"):
-            return True
+    words = iter(argv[1:])
+    for word in words:
+        if word in ("-m", "-c"):  # a module's name, or a program: multiprocessing starts its children with one
+            what = next(words, "")
+            return what in LAUNCHERS or "multiprocessing" in what
+        if word in ("-X", "-W"):
+            next(words, None)
+        elif not word.startswith("-"):  # the script; what follows is its own business
+            path = Path(word)
+            return path.name in LAUNCHERS or (path.suffix == ".py" and path.parent.name == "launchers")
     return False
 
 

@@ -120,6 +120,10 @@ class Run:
                 pass
         return found
 
+    def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the terminal's foreground process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
     def kill(self) -> None:
         """Ends all of it, at once."""
         until = time.monotonic() + 10

@@ -33,6 +33,12 @@ def overall(statuses: Sequence[int]) -> int:
     return 1
 
 
+def to_blame(ended: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of (rank, status) in the order of ending: the first that failed and was not merely asked to leave, as the watcher asks."""
+    failed = [(rank, status) for rank, status in ended if status]
+    return next((each for each in failed if each[1] != -signal.SIGTERM), failed[0])
+
+
 def wait_for_all(children: Mapping[int, subprocess.Popen[bytes]], name: str) -> int:
     """Waits until all children have ended, ends the rest soon after the first failure, and tells of it.
 
@@ -43,22 +49,22 @@ def wait_for_all(children: Mapping[int, subprocess.Popen[bytes]], name: str) -> 
     Returns:
         The run's exit status (see ``overall``).
     """
-    first: tuple[int, int] | None = None
+    ended: dict[int, int] = {}
     deadline = float("inf")
     try:
-        while any(child.poll() is None for child in children.values()):
-            if first is None:
-                first = next(((rank, c.returncode) for rank, c in children.items() if c.poll()), None)
-                deadline = time.monotonic() + PATIENCE_S if first else deadline
+        while len(ended) < len(children):
+            ended |= {rank: c.returncode for rank, c in children.items() if rank not in ended and c.poll() is not None}
+            if any(ended.values()):
+                deadline = min(deadline, time.monotonic() + PATIENCE_S)
             if time.monotonic() > deadline:
                 end(children)
             time.sleep(0.02)
     except KeyboardInterrupt:
         end(children, signal.SIGINT)
         return 130
-    status = overall([child.returncode for child in children.values()])
+    status = overall(list(ended.values()))
     if status == 1:
-        rank, code = first or next((rank, c.returncode) for rank, c in children.items() if c.returncode)
+        rank, code = to_blame(list(ended.items()))
         complain(f"{name}: rank {rank} ended first, with {in_words(code)}.")
     return status
 

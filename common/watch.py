@@ -27,7 +27,8 @@ from typing import Any
 
 SETTLE_S = 0.3  # a dead rank's peers often report a broken connection before the kernel reports the death
 TERM_S = 0.5  # then SIGTERM to whoever has not left
-KILL_S = 2.5  # then SIGKILL: 3 s in all, below the promised 5
+KILL_S = 2.5  # then SIGKILL
+LEAVE_S = 4.5  # and to those that told of their own end, and are leaving or wait in MPI_Finalize: below the promised 5
 REPLY_S = 2.0  # how long a failed rank waits to be heard
 supported = hasattr(os, "pidfd_open") and hasattr(socket, "AF_UNIX") and sys.platform == "linux"
 
@@ -165,7 +166,7 @@ class _Watcher:
         self.failures: list[tuple[int, _Member | None, dict[str, Any]]] = []  # (distance from the cause, who, what)
         self.failed_at: float | None = None
         self.told = False
-        self.steps: list[tuple[float, int]] = [(SETTLE_S + TERM_S, signal.SIGTERM), (KILL_S, signal.SIGKILL)]
+        self.steps = [(SETTLE_S + TERM_S, signal.SIGTERM, False), (KILL_S, signal.SIGKILL, False), (LEAVE_S, signal.SIGKILL, True)]
         self.waiting: list[_Member] = []
         self.parent: int | None = None
         self.orphaned = False
@@ -267,9 +268,10 @@ class _Watcher:
         if not self.told and (elapsed > SETTLE_S or not any(m.alive and not m.finished for m in self.members)):
             self._tell()
         while self.told and self.steps and elapsed > self.steps[0][0]:
-            _, number = self.steps.pop(0)
+            _, number, also_leaving = self.steps.pop(0)
             for member in self.members:
-                member.kill(number)
+                if also_leaving or not member.finished:
+                    member.kill(number)
 
     def _tell(self) -> None:
         """One sentence about the failure nearest to the cause, earliest first; then the failed ranks may go."""

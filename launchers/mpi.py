@@ -13,6 +13,7 @@ No RANK, no MASTER_ADDR: those are made here from the communicator.
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,7 +59,8 @@ def main() -> None:
     rank, port = rank_from_mpi(comm, config)
     from common.training import train
 
-    train(config, rank)
+    with port or nullcontext():
+        train(config, rank)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ No variables are set: the parent hands everything over as arguments, pickled.
 """
 
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.children import in_words, overall, to_blame
 from common.config import RANK_FLAGS, TrainConfig, check_world, parse_config, ranks_to_start, settings
 from common.errors import UsageError, complain, exit_status
 from common.ports import PortReservation
@@ -63,15 +65,19 @@ def main() -> int:
         port = (config.master_port or 29500) if several else free_port
         context = start_processes(worker, (per_node, world_size, config, port), per_node, join=False, start_method="spawn")
         try:
-            while not context.join():
+            while not context.join(grace_period=2.4):  # torch's own: 0 s to SIGTERM, then 30 s to SIGKILL
                 pass
         except (ProcessExitedException, ProcessRaisedException) as failed:
-            if isinstance(failed, ProcessExitedException) and failed.exit_code in (2, 130):
-                return failed.exit_code
-            complain(f"spawn.py: {str(failed).splitlines()[0]}")
-            return 1
+            codes = {rank: process.exitcode or 0 for rank, process in enumerate(context.processes)}
+            first = {failed.error_index: codes[failed.error_index]}
+            if (status := overall(list(codes.values()))) == 1:
+                rank, code = to_blame(list((first | codes).items()))
+                complain(f"spawn.py: rank {config.node_rank * per_node + rank} ended first, with {in_words(code)}.")
+            return status
         except KeyboardInterrupt:
+            until = time.monotonic() + 2  # Ctrl-C has reached the ranks too
             for process in context.processes:
+                process.join(max(0.0, until - time.monotonic()))
                 process.terminate()
             return 130
     return 0

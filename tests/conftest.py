@@ -1,0 +1,41 @@
+"""Rules for all tests: a skip fails where everything must be there, and a test for one system is left out on the others."""
+
+import os
+import sys
+
+import pytest
+
+REQUIRE_ALL = "LAUNCHLAB_REQUIRE_ALL"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "only_on(platform): runs on this sys.platform only; the one skip that is always allowed")
+
+
+def pytest_runtest_setup(item):
+    mark = item.get_closest_marker("only_on")
+    if mark and sys.platform != mark.args[0]:
+        pytest.skip(f"for {mark.args[0]}, this is {sys.platform}")
+
+
+def _forbid(report, may_skip):
+    """With LAUNCHLAB_REQUIRE_ALL=1 what was skipped has failed: a hole in the tests is not to look like a pass."""
+    if os.environ.get(REQUIRE_ALL) == "1" and report.skipped and not hasattr(report, "wasxfail") and not may_skip:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{REQUIRE_ALL}=1 allows no skip: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    elsewhere = item.get_closest_marker("only_on")
+    _forbid(report, item.get_closest_marker("gpu") or (elsewhere and sys.platform != elsewhere.args[0]))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    _forbid(report, False)
+    return report

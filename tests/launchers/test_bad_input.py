@@ -1,6 +1,5 @@
 """What cannot work is refused before training: one line, once, exit status 2, no traceback (torchrun: its own status 1)."""
 
-import os
 import re
 
 import pytest
@@ -106,11 +105,12 @@ def test_flags_of_a_process_on_its_own(tmp_path, case):
     refused(run(command("plain", 1, *RANDOM, *flags), cwd=tmp_path), line, "plain")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_must_not_be_written(tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    ended = run(command("plain", 2, *RANDOM, "--result", "locked/result.json"), cwd=tmp_path)
-    refused(ended, r"--result locked/result.json: cannot be written", "plain")
+@pytest.mark.only_on("linux")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_folder_that_nobody_can_write(tmp_path, launcher):
+    """Not even root can make a file in /proc."""
+    ended = run(command(launcher, 2, *RANDOM, "--result", "/proc/result.json"), cwd=tmp_path)
+    refused(ended, r"--result /proc/result.json: cannot be written", launcher)
 
 
 @pytest.mark.parametrize("launcher", ("plain", "spawn"))

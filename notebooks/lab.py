@@ -10,6 +10,7 @@ import difflib
 import html
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LIMIT_S = 300.0  # of one command; generous, for a machine that has other things to do
-EVERY_S = 0.1  # between two looks at a run's processes
+EVERY_S = 0.25  # between two looks at a run's processes
 WATCHER = Path("common", "watch.py")
 OURS = ("LAUNCHLAB_RUN", "PYTHONUNBUFFERED")  # set by the runner, for every command alike
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -95,7 +96,8 @@ def _apart(guessed: float, measured: float) -> str:
         factor = max(guessed / measured, measured / guessed)
         if factor < 1.1:
             return "close: less than 10 % apart"
-        return f"{factor:,.1f} times too {'high' if guessed > measured else 'low'}"
+        times = f"{factor:,.1f}" if factor < 10_000 else f"about 10^{math.log10(factor):.0f}"
+        return f"{times} times too {'high' if guessed > measured else 'low'}"
     return f"{abs(guessed - measured):.3g} apart"
 
 
@@ -299,8 +301,8 @@ def drawing(path: str) -> str:
     return next((p for p in paragraphs if "|-- " in p or "`-- " in p), "")
 
 
-def code(path: str) -> list[str]:
-    """The lines of a Python file without docstrings, comments and empty lines."""
+def code(path: str, spaced: bool = False) -> list[str]:
+    """The lines of a Python file without docstrings, comments and empty lines; ``spaced``: one before each function or class."""
     text = (ROOT / path).read_text(encoding="utf-8")
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
@@ -311,7 +313,13 @@ def code(path: str) -> list[str]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT and lines[token.start[0] - 1]:
             lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
-    return [line.rstrip() for line in lines if line.strip()]
+    kept: list[str] = []
+    for line in lines:
+        if line.strip():
+            if spaced and kept and line.startswith(("def ", "class ", "if __name__")):
+                kept.append("")
+            kept.append(line.rstrip())
+    return kept
 
 
 class Diff:
@@ -319,11 +327,11 @@ class Diff:
 
     def __init__(self, old: str, new: str) -> None:
         """Reads both files, paths from the repository's root."""
-        first, second = code(old), code(new)
+        first, second = code(old, spaced=True), code(new, spaced=True)
         self.lines = list(difflib.unified_diff(first, second, old, new, n=max(len(first), len(second)), lineterm=""))
         self.lines = [line for line in self.lines if not line.startswith("@@")]
-        self.shared = sum(line.startswith(" ") for line in self.lines) if self.lines else len(first)
-        self.sizes = len(first), len(second)
+        self.sizes = sum(map(bool, first)), sum(map(bool, second))
+        self.shared = sum(line.startswith(" ") and line != " " for line in self.lines) if self.lines else self.sizes[0]
 
     def __repr__(self) -> str:
         """As ``diff -u`` prints it."""
@@ -361,10 +369,14 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
 
 def picture(drawn: Figure) -> Image:
     """A figure as what a notebook shows, small enough to be committed."""
+    import PIL.Image
     from IPython.display import Image
 
     stream = io.BytesIO()
     drawn.savefig(stream, format="png", dpi=90)
+    few = PIL.Image.open(stream).convert("RGB").quantize(96)  # colours enough for lines and grey pictures, a third of the bytes
+    stream = io.BytesIO()
+    few.save(stream, format="png", optimize=True)
     return Image(stream.getvalue(), format="png", width=int(drawn.get_figwidth() * 90))  # type: ignore[no-untyped-call]
 
 

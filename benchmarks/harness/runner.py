@@ -113,13 +113,14 @@ class Running:
     def _linger(self, seconds: float) -> list[str]:
         """Command lines of the run's processes that are still there after ``seconds``; [] as soon as there are none."""
         until = time.monotonic() + seconds
-        while members := self._members():
+        while members := self.members():
             if time.monotonic() > until:
                 return [line for p in members if (line := _command_line(p))]
             time.sleep(0.02)
         return []
 
-    def _members(self) -> list[psutil.Process]:
+    def members(self) -> list[psutil.Process]:
+        """The run's processes that are there now, wherever they have got to."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -134,7 +135,7 @@ class Running:
             if self._process.poll() is None:
                 with contextlib.suppress(OSError):
                     os.killpg(self._process.pid, signal.SIGKILL)
-            members = self._members()
+            members = self.members()
             for member in members:
                 with contextlib.suppress(psutil.Error):
                     member.kill()

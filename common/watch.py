@@ -125,24 +125,25 @@ class _Member:
 def how_it_ended(pidfd: int, pid: int) -> str:
     """In words, how a process that is not our child ended.
 
-    Asks the kernel (Linux 6.15 and later), else looks at the zombie until its parent has reaped it (proc(5), field 52).
+    Looks at the zombie (proc(5), field 52); if its parent has reaped it by then, asks the kernel, which knows from then on
+    (PIDFD_INFO_EXIT, Linux 6.15 and later).
     """
     status = None
     try:
-        import fcntl
-
-        info = bytearray(struct.pack("Q", _PIDFD_INFO_EXIT) + bytes(56))
-        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
-        if struct.unpack_from("Q", info)[0] & _PIDFD_INFO_EXIT:
-            status = struct.unpack_from("i", info, 60)[0]
-    except (OSError, ImportError):
+        with open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+        status = int(fields[49]) if fields[0] == "Z" else None
+    except (OSError, IndexError, ValueError):
         pass
     if status is None:
         try:
-            with open(f"/proc/{pid}/stat") as stat:
-                fields = stat.read().rpartition(")")[2].split()
-            status = int(fields[49]) if fields[0] == "Z" else None
-        except (OSError, IndexError, ValueError):
+            import fcntl
+
+            info = bytearray(struct.pack("Q", _PIDFD_INFO_EXIT) + bytes(56))
+            fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+            if struct.unpack_from("Q", info)[0] & _PIDFD_INFO_EXIT:
+                status = struct.unpack_from("i", info, 60)[0]
+        except (OSError, ImportError):
             pass
     if status is None:
         return WITHOUT_A_WORD

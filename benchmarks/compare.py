@@ -24,9 +24,10 @@ from benchmarks.harness import cases, machine, plots, report, summary
 from benchmarks.harness.cases import Case
 from benchmarks.harness.session import Job, Session
 from benchmarks.harness.statistics import Spread, spread
-from common.config import JOBS, TrainConfig, check_world, one_of, parse_config, positive, underscored, whole
+from common.config import JOBS, TrainConfig, check_world, parse_config, underscored
 from common.errors import UsageError, exit_status
 from common.files import write_json
+from common.values import one_of, positive, whole
 
 SCHEMA_VERSION = 1
 EPOCHS = 3  # enough for a median, and a comparison within five minutes on two cores

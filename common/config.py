@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
-import math
 import os
 import sys
 import textwrap
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import UsageError
+from common.values import any_text, one_of, part, positive, seconds, switch, whole
 
 DIGITS_TRAIN_SIZE = 1437  # 80 % of 1,797; a test holds it against the file
 
@@ -49,82 +48,6 @@ FLAG_JOBS = {
     "hidden_size": "regression",
     "data_size": "random or regression",
 }
-
-
-def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """A converter to an int within [minimum, maximum] that says so when it cannot."""
-    allowed = f"a whole number from {minimum} to {maximum}" if maximum is not None else f"a whole number, {minimum} or more"
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise ValueError(allowed) from None
-        if value < minimum or (maximum is not None and value > maximum):
-            raise ValueError(allowed)
-        return value
-
-    return convert
-
-
-def positive(text: str) -> float:
-    """A finite float above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError("a number above 0")
-    return value
-
-
-def seconds(text: str) -> float:
-    """Seconds above 0, at most a week: clocks below count in milliseconds and do not take any number."""
-    with contextlib.suppress(ValueError):
-        if positive(text) <= 604800:
-            return float(text)
-    raise ValueError("a number of seconds above 0, at most 604800 (a week)")
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    """A converter that takes exactly these words."""
-
-    def convert(text: str) -> str:
-        if text not in choices:
-            near = difflib.get_close_matches(text, choices, n=1)
-            raise ValueError(f"one of {', '.join(choices)}" + (f" (did you mean {near[0]}?)" if near else ""))
-        return text
-
-    return convert
-
-
-def part(*builtin: str) -> Callable[[str], str]:
-    """A built-in name, or ``package.module:Name`` of a class of the user's own."""
-
-    def convert(text: str) -> str:
-        module, colon, name = text.partition(":")
-        if text in builtin or (colon and name.isidentifier() and all(p.isidentifier() for p in module.split("."))):
-            return text
-        raise ValueError(f"one of {', '.join(builtin)}, or package.module:Name of a class of your own")
-
-    return convert
-
-
-def switch(text: str) -> bool:
-    """A yes or no from the environment (on the command line the flag alone means yes)."""
-    word = text.strip().lower()
-    if word in ("1", "true", "yes", "on"):
-        return True
-    if word in ("", "0", "false", "no", "off"):
-        return False
-    raise ValueError("1 or 0")
-
-
-def any_text(text: str) -> str:
-    """Any text that is not empty."""
-    if not text.strip():
-        raise ValueError("a text that is not empty")
-    return text
 
 
 def flag(

@@ -1,4 +1,4 @@
-"""Real child processes with a time limit, ended with their whole group."""
+"""Real child processes with a time limit, ended with their whole group; refusals."""
 
 import contextlib
 import os
@@ -7,6 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
+
+from common.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,3 +59,12 @@ def until(condition, limit=5.0):
             return False
         time.sleep(0.02)
     return True
+
+
+def refusal(call, *arguments, **named):
+    """The text of the UsageError that a call raises: always one line."""
+    with pytest.raises(UsageError) as caught:
+        call(*arguments, **named)
+    text = str(caught.value)
+    assert text and len(text.splitlines()) == 1
+    return text

@@ -12,20 +12,11 @@ from hypothesis import strategies as st
 from common import config as c
 from common.config import FIELDS, RANK_FLAGS, check_world, parse_config, ranks_to_start
 from common.errors import UsageError
-from tests.common.helpers import ROOT
+from tests.common.helpers import ROOT, refusal
 
 
 def parse(*argv, env=None, extra=RANK_FLAGS):
     return parse_config("test.py", "", extra, argv, {} if env is None else env)
-
-
-def refusal(call, *arguments, **named):
-    """The text of the UsageError that a call raises: always one line."""
-    with pytest.raises(UsageError) as caught:
-        call(*arguments, **named)
-    text = str(caught.value)
-    assert text and len(text.splitlines()) == 1
-    return text
 
 
 # Each flag: values that are taken with what they become, and values that are refused. A test holds that none is missing.

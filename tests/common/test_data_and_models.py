@@ -14,23 +14,14 @@ from torch import nn
 
 from common import checkpoint, datasets, device, models
 from common.config import FIELDS, RANK_FLAGS, parse_config
-from common.errors import UsageError
 from common.rank import Rank
-from tests.common.helpers import ROOT
+from tests.common.helpers import ROOT, refusal
 
 CPU = torch.device("cpu")
 
 
 def config(line=""):
     return parse_config("test.py", "", RANK_FLAGS, line.split(), {})
-
-
-def refusal(call, *arguments, **named):
-    with pytest.raises(UsageError) as caught:
-        call(*arguments, **named)
-    text = str(caught.value)
-    assert text and len(text.splitlines()) == 1
-    return text
 
 
 @pytest.fixture

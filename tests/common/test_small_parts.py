@@ -17,16 +17,7 @@ from common.errors import RunError, UsageError, complain, exit_status, one_line
 from common.parts import accepted, build, load_class
 from common.ports import PortReservation
 from common.rank import Rank, on_this_machine, rank_number
-from tests.common.helpers import python
-
-
-def refusal(call, *arguments, **named):
-    with pytest.raises(UsageError) as caught:
-        call(*arguments, **named)
-    text = str(caught.value)
-    assert text and len(text.splitlines()) == 1
-    return text
-
+from tests.common.helpers import python, refusal
 
 # -------------------------------------------------------------------------------------------------------------- rank
 

@@ -180,7 +180,8 @@ def test_of_two_failures_the_first_is_told_with_its_traceback(begin):
     traced = "reporter.tell_and_wait(event='failed', cause='failed: one', traceback='Traceback: line 1\\n'); sys.exit(1)"
     run = begin(traced, failing("failed", "failed: two", 0.15))
     run.go()
-    assert run.statuses() == [1, 1]
+    first, second = run.statuses()
+    assert first == 1 and second in (1, -signal.SIGTERM)  # it may be asked to end before it has spoken
     assert run.said().startswith("Traceback: line 1\nRank 0 on here") and "two" not in run.said()
 
 

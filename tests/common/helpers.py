@@ -33,7 +33,8 @@ def end_group(child):
     child.wait(10)
     for stream in (child.stdout, child.stderr, child.stdin):
         if stream:
-            stream.close()
+            with contextlib.suppress(BrokenPipeError):  # what was still to be written to it
+                stream.close()
 
 
 def run(argv, limit=30, **options):

@@ -115,28 +115,39 @@ class _Member:
                 signal.pidfd_send_signal(self.pidfd, number)
 
 
+def _exit_code_of(pidfd: int) -> int | None:
+    try:
+        import fcntl
+
+        info = bytearray(struct.pack("Q", _PIDFD_INFO_EXIT) + bytes(56))
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+    except (OSError, ImportError):
+        return None
+    code: int = struct.unpack_from("i", info, 60)[0]
+    return code if struct.unpack_from("Q", info)[0] & _PIDFD_INFO_EXIT else None
+
+
+def _exit_code_of_zombie(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+        return int(fields[49]) if fields[0] == "Z" else None
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 def how_it_ended(pidfd: int, pid: int) -> str:
     """In words, how a process that is not our child ended.
 
     Asks the kernel (Linux 6.15 and later), else looks at the zombie until its parent has reaped it (proc(5), field 52).
     """
     status = None
-    try:
-        import fcntl
-
-        info = bytearray(struct.pack("Q", _PIDFD_INFO_EXIT) + bytes(56))
-        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
-        if struct.unpack_from("Q", info)[0] & _PIDFD_INFO_EXIT:
-            status = struct.unpack_from("i", info, 60)[0]
-    except (OSError, ImportError):
-        pass
-    if status is None:
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                fields = stat.read().rpartition(")")[2].split()
-            status = int(fields[49]) if fields[0] == "Z" else None
-        except (OSError, IndexError, ValueError):
-            pass
+    for _ in range(10):  # between the two questions its parent may reap it, and the kernel answers only then
+        status = _exit_code_of(pidfd)
+        status = _exit_code_of_zombie(pid) if status is None else status
+        if status is not None:
+            break
+        time.sleep(0.002)
     if status is None:
         return "ended without a word (killed, or left by os._exit)"
     if os.WIFSIGNALED(status):
@@ -242,7 +253,9 @@ class _Watcher:
         if self.failed_at is None:
             return
         elapsed = time.monotonic() - self.failed_at
-        if not self.told and (elapsed > SETTLE_S or not any(m.alive and not m.finished for m in self.members)):
+        # Nothing can be nearer to the cause than a death or a failure of one's own, and a launcher may stop listening soon.
+        certain = any(distance == 0 for distance, _, _ in self.failures)
+        if not self.told and (certain or elapsed > SETTLE_S or not any(m.alive and not m.finished for m in self.members)):
             self._tell()
         while self.told and self.steps and elapsed > self.steps[0][0]:
             _, number, also_leaving = self.steps.pop(0)

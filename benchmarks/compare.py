@@ -30,7 +30,7 @@ from common.files import write_json
 from common.values import one_of, positive, whole
 
 SCHEMA_VERSION = 1
-EPOCHS = 3  # enough for a median, and a comparison within five minutes on two cores
+EPOCHS = 2  # enough for a median, and a comparison within five minutes on two cores
 HARNESS_FLAGS = ("--result", "--plot", "--save", "--world_size", "--nproc_per_node", "--nnodes", "--node_rank", "--master_port")
 
 

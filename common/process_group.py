@@ -65,7 +65,7 @@ def _all_reduce(tensor: torch.Tensor, wait: bool, limit: float = 1.0) -> None:
     """Sums ``tensor`` over the ranks in place and waits until gloo's own thread has let go of it, microseconds later.
 
     That thread needs the interpreter for it. If the interpreter is ending by then, the process dies with "terminate called
-    without an active exception" after a run that went well (5 of 11 short runs of two to four ranks; about one of 15 where only
+    without an active exception" after a run that went well (5 of 11 short runs of two to four ranks; one of 21 where only
     the count of C++ was waited for: the thread lowers that first, then waits for the interpreter to lower Python's): once DDP
     has seen the group, its threads outlive ``destroy_process_group`` (torch 2.13).
 

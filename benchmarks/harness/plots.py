@@ -46,7 +46,7 @@ def _with_range(axes: Axes, points: list[tuple[float, Spread]], number: int, lab
 
 def speedup(rows: list[Row], folder: Path, caption: str, cores: int, threads: int, weak: bool) -> list[Path]:
     """Measured speedup of training and of the whole command with ranges, the ideal line, and the efficiency below."""
-    drawn = figure(9.5, 6.5)
+    drawn = figure(11, 6.2)
     axes = drawn.subplots(2, 2, sharex=True, sharey="row", height_ratios=[3, 1.4])
     sizes = sorted({row.case.world_size for row in rows})
     launchers = _launchers(rows)
@@ -64,10 +64,11 @@ def speedup(rows: list[Row], folder: Path, caption: str, cores: int, threads: in
             highest, most = max(highest, *(s.high for _, s in mine)), max(most, *(s.high for _, s in each))
             _with_range(upper, [(n * shift, s) for n, s in mine], number, launcher)
             _with_range(lower, [(n * shift, s) for n, s in each], number, None)
-        upper.plot(sizes, sizes, color="0.5", linestyle=":", label="ideal: as many times as ranks")
+        ideal = [sizes[0] * (sizes[-1] / sizes[0]) ** (i / 50) for i in range(51)]  # a straight line, bent by the axis
+        upper.plot(ideal, ideal, color="0.5", linestyle=":", label="ideal: as many\ntimes as ranks")
         upper.axhline(1, color="0.5", linewidth=0.8)
         if whole := _all_threads(rows, what):
-            upper.axhline(whole, color="black", linestyle="--", linewidth=1, label=f"one process with all {cores} threads")
+            upper.axhline(whole, color="black", linestyle="--", linewidth=1, label=f"one process with\nall {cores} threads")
         upper.set_title(f"{title}, against {one}")
         lower.axhline(1, color="0.5", linestyle=":")
         lower.set(xlabel="ranks")
@@ -78,7 +79,7 @@ def speedup(rows: list[Row], folder: Path, caption: str, cores: int, threads: in
     axes[1][0].set_ylim(0, most * 1.15)
     axes[0][0].set_ylabel("speedup (times)" + (", N·t(1)/t(N)" if weak else ""))
     axes[1][0].set_ylabel("speedup / ranks")
-    axes[0][0].legend(loc="upper left")
+    drawn.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
     drawn.suptitle(f"Speedup by launcher, {'weak' if weak else 'strong'} scaling: median and range", fontsize=12)
     more = " * more ranks than cores." if any(n * threads > cores for n in sizes) else ""
     return _both(drawn, folder, "speedup", f"{more} {caption}".strip())
@@ -144,7 +145,8 @@ def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads:
                 if not result or not result["loss_per_step"]:
                     continue
                 steps = range(1, len(result["loss_per_step"]) + 1)
-                style: dict[str, Any] = {"color": COLOURS[number], "linewidth": 1.2, "alpha": 0.8}
+                # The first lies widest: equal curves show as bands of all colours.
+                style: dict[str, Any] = {"color": COLOURS[number], "linewidth": 1.2 + 2 * (len(_launchers(rows)) - 1 - number)}
                 upper.plot(steps, result["loss_per_step"], label=None if labelled else launcher, **style)
                 labelled = True
                 if reference and (launcher, row.case.world_size) != ("plain", 1):
@@ -162,7 +164,7 @@ def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads:
         lower.plot([1, last or count], [limit, limit], color="0.3", linestyle=":", linewidth=1.6, label=label)
         upper.set_title("float32, the timed runs" if precision == "fp32" else "float64, the runs that the verdict needs")
         lower.set(xlabel="optimizer step", yscale="log")
-        lower.legend(loc="center right", fontsize=8, frameon=True)
+        lower.legend(loc="lower right" if last else "center right", fontsize=8, frameon=True)
     axes[0][0].set_ylabel("loss of the global batch")
     axes[1][0].set_ylabel("largest relative difference\nfrom one process so far")
     axes[0][0].legend()

@@ -32,7 +32,7 @@ class Job:
 
 
 JOBS = {
-    "digits": Job("cnn", "digits", epochs=6, global_batch_size=64, learning_rate=0.03),
+    "digits": Job("cnn", "digits", epochs=10, global_batch_size=64, learning_rate=0.01),
     "random": Job("linear", "random", epochs=5, global_batch_size=64, learning_rate=0.01, data_size=4096),
     "regression": Job("mlp", "regression", epochs=50, global_batch_size=32, learning_rate=0.02, data_size=1024),
 }

@@ -1,6 +1,7 @@
 """Rules for all tests: a skip fails where everything must be there, and a test for one system is left out on the others."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ REQUIRE_ALL = "LAUNCHLAB_REQUIRE_ALL"
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job's; children would inherit it and be deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "only_on(platform): runs on this sys.platform only; the one skip that is always allowed")
 
 

@@ -105,7 +105,7 @@ def test_launch_time_is_longer_than_from_the_ranks_own_start(tmp_path, launcher)
     each.until(lambda: len(list(tmp_path.glob("rank-*"))) == 2, "both ranks' first step")
     command_began = each.process and psutil.Process(each.process.pid).create_time()
     ranks_began = max(psutil.Process(int(file.name.partition("-")[2])).create_time() for file in tmp_path.glob("rank-*"))
-    assert ranks_began > command_began
+    assert ranks_began >= command_began  # MPICH starts ranks within the clock's 10 ms
     (tmp_path / "go").touch()
     ended = each.finish()
     assert ended.status == 0, str(ended)

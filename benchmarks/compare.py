@@ -9,7 +9,6 @@ launchers (--epochs 10, --lr 0.01, --model my.module:Net …).
 """
 
 import argparse
-import os
 import signal
 import sys
 from datetime import datetime, timezone
@@ -110,7 +109,7 @@ class Comparison:
             flags += ["--epochs", given.epochs or str(EPOCHS)]
         if taken := next((f for f in HARNESS_FLAGS for w in flags if w.partition("=")[0] == f), None):
             raise UsageError(f"{taken}: compare.py sets it itself; leave it out")
-        self.config: TrainConfig = parse_config("compare.py", argv=flags, environment=dict(os.environ))
+        self.config: TrainConfig = parse_config("compare.py", argv=flags)
         self.flags = flags
         self.threads = self.config.threads or max(1, self.cores // max(self.world_sizes))
         self._check_batches()
@@ -136,7 +135,7 @@ class Comparison:
 
     def at(self, world_size: int) -> TrainConfig:
         """The configuration of a run on ``world_size`` ranks."""
-        return parse_config("compare.py", argv=self.flags_for(world_size), environment=dict(os.environ))
+        return parse_config("compare.py", argv=self.flags_for(world_size))
 
     def flags_for(self, world_size: int, single_process: bool = False) -> list[str]:
         """Training flags for a timed run on ``world_size`` ranks, or of one process that computes the same."""
@@ -200,7 +199,7 @@ class Comparison:
                     rate = self.config.learning_rate * (factor if self.rule == "linear" else 1.0)
                     flags = _without(_without(self.flags, "--lr"), "--learning_rate")
                     flags = [*flags, "--batch_size", str(size), "--lr", f"{rate:.6g}"]
-                    check_world(parse_config("compare.py", argv=flags, environment=dict(os.environ)), case.world_size)
+                    check_world(parse_config("compare.py", argv=flags), case.world_size)
                     jobs.append(Job(case, "batch", tuple(flags), repeat, f"batch size {size}"))
         return jobs
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +83,7 @@ class _Run:
     eval_accuracy: list[float | None] = field(default_factory=list)
     step_seconds: float = 0.0  # in training steps after the first
     eval_seconds: float = 0.0
+    samples_after_first_step: int = 0
     epoch_end_seconds: list[float] = field(default_factory=list)  # of each epoch, from the end of the first step
 
     def epochs(self) -> None:
@@ -117,7 +117,7 @@ class _Run:
         for step, shares in enumerate(sampler.epoch(epoch)):
             optimizer.zero_grad(set_to_none=True)
             for number, share in enumerate(shares, 1):
-                with gradients.no_sync() if number < len(shares) else _nothing():
+                with gradients.no_sync() if number < len(shares) else nullcontext():
                     x, y = datasets.fetch(self.train_data, share.indices, self.device, self.dtype)
                     loss, _ = models.loss_and_logits(gradients.model, with_labels, x, y)
                     (loss * share.weight).backward()
@@ -222,8 +222,3 @@ class _Run:
                 "pid": os.getpid(),
             }
             write_json(config.result, result)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

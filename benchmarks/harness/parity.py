@@ -15,9 +15,15 @@ FP32_LIMIT = 1e-5
 FP32_STEPS = 20
 
 
-def relative_differences(curve: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """|curve - reference| / |reference|, step by step, over the steps that both have."""
-    return [abs(a - b) / max(abs(b), 1e-300) for a, b in zip(curve, reference, strict=False)]
+def relative_differences(curve: Sequence[float | None], reference: Sequence[float | None]) -> list[float]:
+    """|curve - reference| / |reference|, step by step, over the steps that both have.
+
+    None stands for a loss that is no finite number: equal to another such loss, infinitely far from any other.
+    """
+    return [
+        float("inf" if a is not b else 0) if a is None or b is None else abs(a - b) / max(abs(b), 1e-300)
+        for a, b in zip(curve, reference, strict=False)
+    ]
 
 
 @dataclass(frozen=True)

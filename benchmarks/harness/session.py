@@ -162,9 +162,5 @@ def _sample(job: Job, outcome: Outcome, file: Path) -> Sample:
         else:
             reason = "wrote no result"
         failure = f"{job.case.name} ({job.label or job.role}) {reason}\n{outcome.tail()}"
-    words = [word for word in outcome.command if word != str(file)]
-    if words[-1] == "--result":
-        words.pop()
-    else:
-        words = [word for word in words if word != "--result"]
+    words = [word for word in outcome.command if word not in ("--result", str(file))]
     return Sample(job, shown(words), outcome.seconds, result, failure)

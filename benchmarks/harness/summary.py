@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.harness.cases import Case
+from benchmarks.harness.cases import PEERS, Case
 from benchmarks.harness.parity import Parity, judge
 from benchmarks.harness.session import Sample, Session
 from benchmarks.harness.statistics import Spread, paired_ratio, spread
@@ -125,7 +125,7 @@ def same_to_the_bit(rows: list[Row]) -> dict[int, bool]:
     """{world size: whether all launchers that were compared there ended with the same parameters}; where there are two or more."""
     found: dict[int, bool] = {}
     for world_size in sorted({row.case.world_size for row in rows}):
-        there = [r for r in rows if r.case.world_size == world_size and r.name != "tutorial" and r.figures["train_seconds"]]
+        there = [r for r in rows if r.case.world_size == world_size and r.name not in PEERS and r.figures["train_seconds"]]
         if len(there) > 1:
             found[world_size] = len({r.parameters for r in there}) == 1 and there[0].parameters is not None
     return found

@@ -123,6 +123,10 @@ def test_parity_breaks_where_one_limit_does(fp64, fp32):
     assert bad.holds is False and bad.verdict() == "BROKEN"
 
 
+def test_a_loss_that_diverged_is_compared_too():
+    assert parity.relative_differences([1.0, None, None, 2.0], [1.0, None, 2.0, None]) == [0, 0, float("inf"), float("inf")]
+
+
 def test_only_the_first_twenty_float32_steps_count():
     one, off = [1.0] * 30, [1.0] * 20 + [2.0] * 10
     assert parity.judge(result(one), result(one), result(off), result(one)).holds is True

@@ -26,11 +26,21 @@ from benchmarks.harness.statistics import Spread, spread
 from common.config import JOBS, TrainConfig, check_world, parse_config, underscored
 from common.errors import UsageError, exit_status
 from common.files import write_json
-from common.values import one_of, positive, whole
+from common.values import AS_SHIPPED, one_of, positive, whole
 
 SCHEMA_VERSION = 1
 EPOCHS = 2  # enough for a median, and a comparison within five minutes on two cores
-HARNESS_FLAGS = ("--result", "--plot", "--save", "--world_size", "--nproc_per_node", "--nnodes", "--node_rank", "--master_port")
+HARNESS_FLAGS = (
+    "--result",
+    "--events",
+    "--plot",
+    "--save",
+    "--world_size",
+    "--nproc_per_node",
+    "--nnodes",
+    "--node_rank",
+    "--master_port",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,6 +121,8 @@ class Comparison:
             raise UsageError(f"{taken}: compare.py sets it itself; leave it out")
         self.config: TrainConfig = parse_config("compare.py", argv=flags)
         self.flags = flags
+        if self.config.threads == AS_SHIPPED:
+            raise UsageError("--threads as_shipped: compare.py gives all the same; see benchmarks/anatomy.py --as_shipped")
         self.threads = self.config.threads or max(1, self.cores // max(self.world_sizes))
         self._check_batches()
         for launcher in self.launchers:  # before hours are spent

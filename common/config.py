@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import UsageError
-from common.values import any_text, one_of, part, positive, seconds, switch, whole
+from common.values import any_text, one_of, part, positive, seconds, switch, threads, whole
 
 DIGITS_TRAIN_SIZE = 1437  # 80 % of 1,797; a test holds it against the file
 
@@ -104,7 +104,11 @@ class TrainConfig:
         "auto",
         "NAME",
     )
-    threads: int | None = flag(MACHINE, whole(1, 4096), "CPU threads per rank (default: this node's usable cores / its ranks)")
+    threads: int | None = flag(
+        MACHINE,
+        threads,
+        "CPU threads per rank, or as_shipped: what the launcher left (default: this node's usable cores / its ranks)",
+    )
     precision: str = flag(MACHINE, one_of("fp32", "fp64"), "fp32 or fp64: of weights, data and gradients", "fp32", "NAME")
     timeout: float | None = flag(
         MACHINE, seconds, "seconds to wait for a missing or silent rank (default: 60 on one node, 600 on several)", None, "S"
@@ -115,6 +119,9 @@ class TrainConfig:
     plot: str | None = flag(OUTPUT, any_text, "save the training curves as a picture (.png, .svg or .pdf)", None, "FILE")
     save: str | None = flag(OUTPUT, any_text, "save the trained model and this configuration", None, "FILE")
     result: str | None = flag(OUTPUT, any_text, "write what was measured as JSON", None, "FILE")
+    events: str | None = flag(
+        OUTPUT, any_text, "write when each phase of each rank ended, a file of JSON lines a rank", None, "DIR"
+    )
 
     world_size: int = flag(RANKS, whole(1), "ranks in all, over all nodes")
     nproc_per_node: int = flag(RANKS, whole(1), "ranks on this node (default: the visible GPUs, else 4 for spawn, 1 for plain)")
@@ -138,7 +145,8 @@ class TrainConfig:
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 RANK_FLAGS = tuple(name for name, f in FIELDS.items() if f.metadata["group"] == RANKS)
 MASTER_FLAGS = ("master_addr", "master_port")
-OUTPUT_FILES = ("result", "plot", "save")
+OUTPUT_FILES = ("result", "plot", "save")  # checked before anything is started
+OUTPUTS = (*OUTPUT_FILES, "events")
 
 
 def settings() -> dict[str, str]:
@@ -289,6 +297,8 @@ def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> TrainConfig:
     for name in OUTPUT_FILES:
         if path := getattr(config, name):
             check_writable(f"--{name} {path}", Path(path))
+    if config.events and Path(config.events).exists() and not Path(config.events).is_dir():
+        raise UsageError(f"--events {config.events}: is a file; name a folder")
     if config.plot and Path(config.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {config.plot}: not a picture; name it .png, .svg or .pdf")
     return config

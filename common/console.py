@@ -45,7 +45,7 @@ class Console:
             per_rank = batch / (r.world_size * c.accumulate)
             nodes = len({a["node_rank"] for a in group.arrivals})
             self.line(
-                f"Launcher {r.launcher}: {r.world_size} rank{'s' * (r.world_size > 1)} on {nodes} node{'s' * (nodes > 1)}, "
+                f"Launcher {r.title}: {r.world_size} rank{'s' * (r.world_size > 1)} on {nodes} node{'s' * (nodes > 1)}, "
                 f"{group.device.type}, {group.backend or 'no process group'}, {threads} thread{'s' * (threads > 1)} per rank\n"
                 f"Job {c.job}: model {c.model}, data {c.dataset}, {c.epochs} epoch{'s' * (c.epochs > 1)}, "
                 f"learning rate {c.learning_rate:g}, {c.precision}, seed {c.seed}, sampler {c.sampler}\n"

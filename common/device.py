@@ -92,6 +92,18 @@ def peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, where this is reached
 
 
+def shared_out_memory_bytes() -> int | None:
+    """This process's proportional set size in bytes: what it has alone, and of each shared page its share (proc(5), smaps_rollup).
+
+    The ranks' sum is what they need together, which their resident sizes overstate. None where the system does not tell.
+    """
+    try:
+        with open("/proc/self/smaps_rollup") as rollup:
+            return next(int(line.split()[1]) * 1024 for line in rollup if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        return None
+
+
 def visible_gpus() -> int:
     """CUDA devices that this process may use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -7,6 +7,7 @@ import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from common import watch
 from common.errors import RunError, UsageError, complain, one_line
@@ -38,8 +39,10 @@ def _cause(error: BaseException) -> tuple[str, str]:
 
 
 @contextmanager
-def watched(rank: Rank) -> Iterator[None]:
+def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
     """Puts this rank under its node's watcher, which tells of the first failure and ends the other ranks.
+
+    ``events`` is the rank's file of events, in which the watcher notes when the process has ended.
 
     Raises:
         SystemExit: 2 after a UsageError, 1 after any other failure, once it has been told of.
@@ -47,11 +50,10 @@ def watched(rank: Rank) -> Iterator[None]:
     """
     reporter = None
     host = socket.gethostname()
-    if rank.world_size > 1 and watch.supported:
-        reporter = watch.Reporter(
-            f"{rank.master_addr}:{rank.master_port}/{rank.store_prefix}/{rank.node_rank}",
-            {"rank": rank.rank, "host": host, "parent": rank.launchers[0] if rank.launchers else None},
-        )
+    if (rank.world_size > 1 or events) and watch.supported:
+        name = f"{rank.master_addr}:{rank.master_port}/{rank.store_prefix}/{rank.node_rank}" if rank.forms_group else str(events)
+        parent = rank.launchers[0] if rank.launchers else None
+        reporter = watch.Reporter(name, {"rank": rank.rank, "host": host, "parent": parent, "events": events and str(events)})
     try:
         yield
     except BaseException as error:

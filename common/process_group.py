@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -17,14 +17,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.config import OUTPUT_FILES, RANK_FLAGS, TrainConfig
+from common import now
+from common.config import OUTPUTS, RANK_FLAGS, TrainConfig
 from common.device import choose_backend, usable_cores
 from common.errors import RunError, UsageError
+from common.events import clock_id
 from common.ports import port_taken
 from common.rank import Rank
 
 # What may differ between nodes: files, and how each node was started.
-_PER_NODE = (*OUTPUT_FILES, *RANK_FLAGS, "log_every", "log_all_ranks", "threads")
+_PER_NODE = (*OUTPUTS, *RANK_FLAGS, "log_every", "log_all_ranks", "threads")
+_SLICE_S = 0.3  # of waiting in the store
+_CLOCK_TURNS = 12  # questions to rank 0's clock; the first only opens the way
+
+
+@dataclass(frozen=True)
+class Clock:
+    """This rank's clock against rank 0's."""
+
+    offset_seconds: float = 0.0
+    """To be added to this rank's times to get rank 0's."""
+    round_trip_seconds: float = 0.0
+    """Of the question that told: twice the largest error. 0: the same clock."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,8 @@ class Group:
     device: torch.device
     backend: str | None = None
     arrivals: list[dict[str, Any]] = field(default_factory=list)
-    """What each rank wrote into the store before it joined: host, pid, node_rank, cores."""
+    """What each rank wrote into the store before it joined: host, pid, node_rank, cores, clock, command_started."""
+    clock: Clock = field(default_factory=Clock)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum of ``values`` (float64 on CPU, any shape) over all ranks, on every rank."""
@@ -118,12 +133,31 @@ def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
     return dist.PrefixStore(f"launchlab/{rank.store_prefix}", store)
 
 
-def _arrive(store: dist.Store, rank: Rank, config: TrainConfig, until: float, patience: float) -> list[dict[str, Any]]:
-    """Writes this rank into the store, waits for the others, and compares what all were told.
+@dataclass(frozen=True)
+class Arrival:
+    """A rank that the others can see, and that has not joined them yet."""
+
+    rank: Rank
+    config: TrainConfig
+    here: dict[str, Any]
+    """What it wrote into the store."""
+    store: dist.Store | None
+    patience: float
+    until: float
+    """When its patience ends (``time.monotonic``)."""
+
+
+def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> Arrival:
+    """Writes ``rank`` into the store and returns at once, so that it can do what it needs nobody for.
+
+    Args:
+        rank: this process.
+        config: what it was told.
+        started: when its launcher's command started, on ``common.now``'s clock.
 
     Raises:
-        RunError: ranks are missing when the time is up; they are named.
-        UsageError: ranks were given different flags (raised on all of them).
+        RunError: nobody serves the store within ``config.patience`` seconds.
+        UsageError: the master's port is taken.
     """
     told = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PER_NODE}
     here = {
@@ -132,20 +166,36 @@ def _arrive(store: dist.Store, rank: Rank, config: TrainConfig, until: float, pa
         "node_rank": rank.node_rank,
         "local_rank": rank.local_rank,
         "cores": sorted(usable_cores()),
+        "clock": clock_id(),
+        "command_started": started,
         "told": told | {"world size": rank.world_size},
     }
-    store.set(f"here/{rank.rank}", json.dumps(here))
-    keys = [f"here/{r}" for r in range(rank.world_size)]
-    pause = 0.001
+    patience = config.patience(rank.one_node)
+    until = time.monotonic() + patience
+    store = None
+    if rank.forms_group:
+        store = _open_store(rank, until, patience)
+        store.set(f"here/{rank.rank}", json.dumps(here))
+    return Arrival(rank, config, here, store, patience, until)
+
+
+def _wait_for_all(arrival: Arrival, store: dist.Store) -> list[dict[str, Any]]:
+    """Waits for the others, and compares what all were told.
+
+    Raises:
+        RunError: ranks are missing when the time is up; they are named.
+        UsageError: ranks were given different flags (raised on all of them).
+    """
+    keys = [f"here/{r}" for r in range(arrival.rank.world_size)]
     while not store.check(keys):
-        if time.monotonic() > until:
+        if time.monotonic() > arrival.until:
             missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
             raise RunError(
-                f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {rank.world_size} did not arrive within {patience:g} s "
+                f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {len(keys)} did not arrive within {arrival.patience:g} s "
                 "(--timeout): started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
             )
-        time.sleep(pause)
-        pause = min(2 * pause, 0.05)
+        with suppress(dist.DistStoreError):  # in slices: within one, nothing hears Ctrl-C
+            store.wait(keys, timedelta(seconds=max(0.01, min(_SLICE_S, arrival.until - time.monotonic()))))
     arrivals: list[dict[str, Any]] = [json.loads(value) for value in store.multi_get(keys)]
     for number, other in enumerate(arrivals):
         for name, value in other["told"].items():
@@ -157,6 +207,34 @@ def _arrive(store: dist.Store, rank: Rank, config: TrainConfig, until: float, pa
     return arrivals
 
 
+def _compare_clocks(rank: int, arrivals: list[dict[str, Any]], store: dist.Store) -> Clock:
+    """How far this rank's clock is from rank 0's: asks it over the store, and takes the quickest of several answers.
+
+    The answer was given between asking and hearing it, so the error is at most half the round trip (Cristian 1989,
+    "Probabilistic clock synchronization"). Ranks that share a clock ask once; on one machine nobody asks.
+    """
+    clocks = {arrival["clock"]: number for number, arrival in reversed(list(enumerate(arrivals)))}  # the first rank with each
+    mine = arrivals[rank]["clock"]
+    if rank == 0:
+        for asker in sorted(set(clocks.values()) - {0}):
+            for turn in range(_CLOCK_TURNS):
+                store.get(f"clock/{asker}/asked/{turn}")
+                store.set(f"clock/{asker}/answer/{turn}", repr(now()))
+    elif mine != arrivals[0]["clock"]:
+        asker, best = clocks[mine], None
+        for turn in range(_CLOCK_TURNS if asker == rank else 0):
+            asked = now()
+            store.set(f"clock/{rank}/asked/{turn}", "")
+            answer = float(store.get(f"clock/{rank}/answer/{turn}"))
+            heard = now()
+            best = min(best or (heard - asked, 0.0), (heard - asked, answer - (asked + heard) / 2)) if turn else None
+        if best:
+            store.set(f"clock/{rank}/found", json.dumps(best))
+        round_trip, offset = json.loads(store.get(f"clock/{asker}/found"))
+        return Clock(offset, round_trip)
+    return Clock()
+
+
 def _choose_interface(rank: Rank) -> None:
     """Ranks of one node talk over the loopback interface: gloo else takes the host name's address, which may lead nowhere."""
     if rank.one_node and "GLOO_SOCKET_IFNAME" not in os.environ and hasattr(socket, "if_nameindex"):
@@ -166,30 +244,29 @@ def _choose_interface(rank: Rank) -> None:
 
 
 @contextmanager
-def process_group(rank: Rank, config: TrainConfig, device: torch.device) -> Iterator[Group]:
-    """Joins the group of ``rank``, and leaves it when the work is done; a process on its own gets a group of one.
+def process_group(arrival: Arrival, device: torch.device) -> Iterator[Group]:
+    """Joins the group, and leaves it when the work is done; a process on its own gets a group of one.
 
     Raises:
-        RunError: a rank did not arrive within ``config.patience`` seconds.
-        UsageError: ranks disagree on their flags, or the master's port is taken.
+        RunError: a rank did not arrive in time; it is named.
+        UsageError: ranks disagree on their flags.
     """
-    if not rank.forms_group:
-        yield Group(rank, device, None, [{"host": socket.gethostname(), "node_rank": 0, "cores": sorted(usable_cores())}])
+    rank, store = arrival.rank, arrival.store
+    if store is None:
+        yield Group(rank, device, None, [arrival.here])
         return
     _choose_interface(rank)
-    patience = config.patience(rank.one_node)
-    until = time.monotonic() + patience
-    store = _open_store(rank, until, patience)
-    arrivals = _arrive(store, rank, config, until, patience)
-    backend = choose_backend(config, device)
+    arrivals = _wait_for_all(arrival, store)
+    clock = _compare_clocks(rank.rank, arrivals, store)
+    backend = choose_backend(arrival.config, device)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", store),
         rank=rank.rank,
         world_size=rank.world_size,
-        timeout=timedelta(seconds=patience),
+        timeout=timedelta(seconds=arrival.patience),
         device_id=device if backend == "nccl" else None,
     )
-    yield Group(rank, device, backend, arrivals)
+    yield Group(rank, device, backend, arrivals, clock)
     # Not in a `finally`: after a failure peers may be gone and destroying can wait for them; the process is about to end.
     dist.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from common import now
 from common.errors import UsageError
 from common.events import launching_ancestors
 
@@ -30,6 +31,12 @@ class Rank:
     """The launcher already serves a store there (torchrun's agent does); else rank 0 serves it."""
     store_prefix: str = ""
     """Keeps the keys of one (re)start apart from those of the last one in a store that outlives it."""
+    start_method: str | None = None
+    """multiprocessing's, where it started this process: spawn, forkserver or fork."""
+    restart: int = 0
+    """How often the launcher has started the group again after a failure."""
+    known_at: float = field(default_factory=now, compare=False)
+    """When this process knew who it is, on ``common.now``'s clock."""
     launchers: tuple[int, ...] = field(default_factory=lambda: tuple(launching_ancestors()), compare=False)
     """Process ids of who started this process in order to launch it, nearest first; looked up here, before torch is imported,
     so that a launcher's death in that second is noticed."""
@@ -49,6 +56,11 @@ class Rank:
             raise UsageError(
                 f"WORLD_SIZE {self.world_size} without MASTER_ADDR: ranks need the host of rank 0; set MASTER_ADDR and MASTER_PORT"
             )
+
+    @property
+    def title(self) -> str:
+        """The launcher, with its start method: ``spawn (forkserver)``."""
+        return f"{self.launcher} ({self.start_method})" if self.start_method else self.launcher
 
     @property
     def forms_group(self) -> bool:

@@ -11,19 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint, datasets, events, models
+import common
+from common import checkpoint, datasets, events, models, now
 from common.config import JOBS, TrainConfig, check_world
 from common.console import Console
-from common.device import choose_device, peak_memory_bytes, share_of_cores, wait_for
+from common.device import choose_device, peak_memory_bytes, share_of_cores, shared_out_memory_bytes, wait_for
 from common.endings import watched
 from common.files import write_json
 from common.gradients import Gradients, average_over
-from common.process_group import Group, process_group
+from common.lean import spare_the_compiler
+from common.process_group import Group, announce, process_group
 from common.rank import Rank
 from common.sampling import Distributed, Exact, make_sampler
+from common.values import AS_SHIPPED
 
 EVAL_BATCH = 512  # samples a forward pass without gradients
 MOMENTUM = 0.9
+_IMPORTED = now()  # torch and all that is imported for it
 
 
 def train(config: TrainConfig, rank: Rank) -> None:
@@ -34,8 +38,11 @@ def train(config: TrainConfig, rank: Rank) -> None:
         SystemExit: 2 after a UsageError among several ranks, 1 after any other failure; it has been told of by then.
     """
     phases = events.Phases(events.command_started(rank.launchers))
-    phases.mark("ranks_known")
-    with watched(rank):
+    for name, at in (("interpreter_up", common.interpreter_up), ("torch_imported", _IMPORTED), ("ranks_known", rank.known_at)):
+        phases.mark(name, max(at, common.interpreter_up))  # what a forked process found done took it no time
+    if config.events:
+        phases.write_to(config.events, rank, clock=events.clock_id())
+    with watched(rank, phases.path):
         _train(config, rank, phases)
     # The interpreter's last collections would walk all that torch has made: 0.5 s of processor time a rank, for nothing.
     gc.freeze()
@@ -46,22 +53,29 @@ def _train(config: TrainConfig, rank: Rank, phases: events.Phases) -> None:
     dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
     device = choose_device(config, rank)
     console = Console(config, rank)
-    with process_group(rank, config, device) as group:
-        threads = config.threads or share_of_cores(group.arrivals[rank.rank]["cores"], group.local_cores())
+    arrival = announce(rank, config, phases.origin if phases.known else None)
+    # While the others come: what needs none of them.
+    shipped = torch.get_num_threads()
+    torch.set_num_threads(config.threads or 1)
+    spare_the_compiler()
+    train_data, eval_data = datasets.load_datasets(config, device, dtype)
+    check_world(config, rank.world_size, len(train_data))
+    model = models.build_model(config).to(device, dtype)
+    job = JOBS[config.job]
+    if (config.model, config.dataset) != (job.model, job.dataset):
+        first = torch.arange(min(2, len(train_data)))
+        models.check_fit(config, model, *datasets.fetch(train_data, first, device, dtype))
+    with process_group(arrival, device) as group:
+        share = share_of_cores(arrival.here["cores"], group.local_cores())
+        threads = shipped if config.threads == AS_SHIPPED else config.threads or share
         torch.set_num_threads(threads)
-        phases.mark("group_joined")
+        phases.joined(group.clock.offset_seconds, group.clock.round_trip_seconds, group.arrivals[0]["command_started"], threads)
         console.joined(group, threads)
-        train_data, eval_data = datasets.load_datasets(config, device, dtype)
-        check_world(config, rank.world_size, len(train_data))
-        model = models.build_model(config).to(device, dtype)
-        job = JOBS[config.job]
-        if (config.model, config.dataset) != (job.model, job.dataset):
-            first = torch.arange(min(2, len(train_data)))
-            models.check_fit(config, model, *datasets.fetch(train_data, first, device, dtype))
         console.model(model)
         run = _Run(config, group, console, phases, model, train_data, eval_data, device, dtype)
         run.epochs()
-        run.report(threads)
+        run.report(threads, shipped)
+    phases.mark("group_left")
 
 
 @dataclass
@@ -97,13 +111,14 @@ class _Run:
         for epoch in range(self.config.epochs):
             sums = self._train_epoch(epoch, sampler, gradients, optimizer, with_labels)
             wait_for(self.device)
-            trained = events.now()
+            trained = now()
             seen = self._evaluate(with_labels)
             # One reduction an epoch: sums over samples, divided once by the number of samples.
             totals = self.group.sum(torch.cat([sums.double().cpu(), seen]))
-            self.eval_seconds += events.now() - trained
-            self.epoch_end_seconds.append(self.phases.mark("training_done") - self.phases.marks["first_step_done"])
+            self.eval_seconds += now() - trained
+            self.epoch_end_seconds.append(self.phases.now() - self.phases.marks["first_step_done"])
             self._note_epoch(epoch, sampler, totals)
+        self.phases.mark("training_done")
         self.samples_after_first_step = sampler.samples_per_epoch * self.config.epochs - int(sampler.batch_samples()[0])
 
     def _train_epoch(
@@ -113,7 +128,7 @@ class _Run:
         sums = torch.zeros(sampler.steps, device=self.device, dtype=self.dtype)
         log_every = self.config.log_every
         self.model.train()
-        began = events.now()
+        began = now()
         for step, shares in enumerate(sampler.epoch(epoch)):
             optimizer.zero_grad(set_to_none=True)
             for number, share in enumerate(shares, 1):
@@ -127,12 +142,12 @@ class _Run:
             if epoch == step == 0:
                 wait_for(self.device)
                 self.phases.mark("first_step_done")
-                began = events.now()
+                began = now()
             if log_every and (step + 1) % log_every == 0 and self.console.speaks:
                 own = sum(share.samples for share in shares)
                 self.console.step(epoch + 1, step + 1, sampler.steps, float(sums[step]) / own if own else float("nan"))
         wait_for(self.device)
-        self.step_seconds += events.now() - began
+        self.step_seconds += now() - began
         return sums
 
     def _evaluate(self, with_labels: bool) -> Tensor:
@@ -162,14 +177,15 @@ class _Run:
         self.eval_accuracy.append(correct / classed if classed else None)
         self.console.epoch(epoch + 1, self.train_loss[-1], self.eval_loss[-1], self.eval_accuracy[-1])
 
-    def report(self, threads: int) -> None:
+    def report(self, threads: int, shipped: int) -> None:
         """Gathers what every rank measured; rank 0 tells and writes it."""
         marks = self.phases.marks
-        own = [*marks.values(), self.step_seconds, self.eval_seconds, float(peak_memory_bytes() or 0)]
+        memory_now = shared_out_memory_bytes()  # here, while every rank still has all of its own
+        own = [*marks.values(), self.step_seconds, self.eval_seconds, float(memory_now or 0), float(peak_memory_bytes() or 0)]
         everyone = self.group.gather(torch.tensor(own, dtype=torch.float64))
         slowest = dict(zip(marks, everyone.max(0).values.tolist(), strict=False))
         train_seconds = slowest["training_done"] - slowest["first_step_done"]
-        step_seconds, eval_seconds = everyone[:, -3].max().item(), everyone[:, -2].max().item()
+        step_seconds, eval_seconds = everyone[:, -4].max().item(), everyone[:, -3].max().item()
         rate = self.samples_after_first_step / step_seconds if self.samples_after_first_step and step_seconds else None
         launch_seconds = slowest["first_step_done"] if self.phases.known else None
         self.console.summary(train_seconds, rate, launch_seconds)
@@ -184,11 +200,14 @@ class _Run:
         if config.save:
             checkpoint.save(config.save, self.model, config)
         if config.result:
-            memory = [int(m) for m in everyone[:, -1].tolist()]
+            pss, memory = ([int(m) for m in everyone[:, column].tolist()] for column in (-2, -1))
             result: dict[str, Any] = {
                 "launcher": rank.launcher,
+                "start_method": rank.start_method,
+                "restart": rank.restart,
                 "world_size": rank.world_size,
                 "threads_per_rank": threads,
+                "threads_as_shipped": shipped,
                 "device": self.device.type,
                 "backend": self.group.backend,
                 "job": config.job,
@@ -218,6 +237,7 @@ class _Run:
                 "phases": slowest,
                 "peak_memory_bytes": max(memory) or None,
                 "peak_memory_bytes_per_rank": memory,
+                "pss_bytes_per_rank": pss if any(pss) else None,
                 "torch_version": torch.__version__,
                 "pid": os.getpid(),
             }

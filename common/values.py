@@ -24,6 +24,19 @@ def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     return convert
 
 
+AS_SHIPPED = 0  # threads: as many as the launcher left
+
+
+def threads(text: str) -> int:
+    """Threads of a rank, or ``as_shipped``."""
+    if text == "as_shipped":
+        return AS_SHIPPED
+    try:
+        return whole(1, 4096)(text)
+    except ValueError as allowed:
+        raise ValueError(f"{allowed}, or as_shipped") from None
+
+
 def positive(text: str) -> float:
     """A finite float above 0."""
     try:

@@ -263,6 +263,12 @@ class _Watcher:
             self._read(member)  # its last words may be waiting
         member.alive = False
         self.selector.unregister(member.pidfd)
+        if path := member.about.get("events"):
+            line = json.dumps({"phase": "process_ended", "time": time.clock_gettime(time.CLOCK_BOOTTIME)})
+            with contextlib.suppress(OSError):
+                file = os.open(path, os.O_WRONLY | os.O_APPEND)
+                os.write(file, line.encode() + b"\n")
+                os.close(file)
         if not member.finished:
             self._fail(0, member, {"event": "died", "cause": how_it_ended(member.pidfd, member.pid)})
 

@@ -19,15 +19,15 @@ from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    from mpi4py import MPI
-except (ImportError, RuntimeError) as missing:
-    sys.exit(f"error: mpi4py cannot be used ({missing}); pip install mpi4py mpich, and use that environment's mpirun")
-
 from common.config import MASTER_FLAGS, TrainConfig, parse_config
 from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank
+
+try:
+    from mpi4py import MPI  # its import joins the MPI world (MPI_Init)
+except (ImportError, RuntimeError) as missing:
+    sys.exit(f"error: mpi4py cannot be used ({missing}); pip install mpi4py mpich, and use that environment's mpirun")
 
 T = TypeVar("T")
 

@@ -39,6 +39,7 @@ def rank_from_torchrun(environment: Mapping[str, str]) -> Rank:
         master_port=rank_number(environment, "MASTER_PORT"),
         store_is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         store_prefix=f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+        restart=rank_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 

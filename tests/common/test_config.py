@@ -37,7 +37,7 @@ TAKEN_AND_REFUSED = {
     "accumulate": ([("2", 2)], WHOLE),
     "backend": ([("auto", "auto"), ("gloo", "gloo"), ("nccl", "nccl")], ["glo", "mpi", ""]),
     "device": ([("auto", "auto"), ("cpu", "cpu"), ("cuda", "cuda"), ("mps", "mps")], ["gpu", "cuda:0", ""]),
-    "threads": ([("3", 3)], WHOLE),
+    "threads": ([("3", 3), ("as_shipped", 0)], [*WHOLE, "shipped"]),
     "precision": ([("fp32", "fp32"), ("fp64", "fp64")], ["fp16", "64", ""]),
     "timeout": ([("0.5", 0.5), ("600", 600.0)], ["0", "-1", "nan", "inf", "1e300", "soon", ""]),
     "log_every": ([("0", 0), ("10", 10)], ["-1", "x", "0.5", ""]),
@@ -45,6 +45,7 @@ TAKEN_AND_REFUSED = {
     "plot": ([("a.png", "a.png"), ("b.SVG", "b.SVG"), ("c.pdf", "c.pdf")], ["a.gif", "a", "", " ", "missing/a.png"]),
     "save": ([("a.pt", "a.pt")], ["", "  ", "missing/a.pt", "."]),
     "result": ([("a.json", "a.json")], ["", "  ", "missing/a.json", ".."]),
+    "events": ([("traces", "traces")], ["", "  ", __file__]),
     "world_size": ([("4", 4)], WHOLE),
     "nproc_per_node": ([("4", 4)], WHOLE),
     "nnodes": ([("2", 2)], WHOLE),
@@ -89,7 +90,7 @@ def test_a_bad_variable_is_refused_by_its_own_name(name, text):
     assert f"{name.upper()} (environment or .env) {text}" in said and "allowed" in said
 
 
-@given(st.sampled_from(sorted(set(FIELDS) - {"plot", "save", "result", "log_all_ranks"})), st.text(max_size=12))
+@given(st.sampled_from(sorted(set(FIELDS) - {"plot", "save", "result", "events", "log_all_ranks"})), st.text(max_size=12))
 def test_any_text_is_taken_or_refused_in_one_line(name, text):
     try:
         parse(f"--{name}={text}", *NEEDS.get(name, []))

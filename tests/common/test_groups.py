@@ -15,7 +15,7 @@ from common.config import RANK_FLAGS, parse_config
 from common.errors import RunError, UsageError
 from common.gradients import Alone, average_over
 from common.ports import PortReservation
-from common.process_group import Group, process_group
+from common.process_group import Group, announce, process_group
 from common.rank import Rank
 from tests.common.helpers import ROOT, end_group, start
 
@@ -38,7 +38,7 @@ def join(port, *lines, world=None, ranks=None):
 
     def rank(number, line):
         try:
-            with process_group(Rank("t", number, world, number, world, 0, "127.0.0.1", port), config(line), CPU):
+            with process_group(announce(Rank("t", number, world, number, world, 0, "127.0.0.1", port), config(line)), CPU):
                 raised[number] = None
         except Exception as error:
             raised[number] = error  # it holds the frame, and with it rank 0's store, until all have looked
@@ -87,7 +87,7 @@ def test_world_sizes_that_differ_are_refused():
 
     def rank(number, world, port):
         try:
-            with process_group(Rank("t", number, world, number, world, 0, "127.0.0.1", port), config("--timeout 2"), CPU):
+            with process_group(announce(Rank("t", number, world, number, world, 0, "127.0.0.1", port), config("--timeout 2")), CPU):
                 pass
         except Exception as error:
             raised[number] = error
@@ -117,7 +117,7 @@ def test_a_group_of_one_joins_and_leaves():
     values = torch.tensor([1.0, 2.0], dtype=torch.float64)
     with PortReservation(0) as port:
         rank = Rank("t", 0, 1, 0, 1, 0, "127.0.0.1", port)
-        with process_group(rank, config("--timeout 10"), CPU) as group:
+        with process_group(announce(rank, config("--timeout 10")), CPU) as group:
             assert dist.is_initialized() and group.backend == "gloo"
             assert torch.equal(group.sum(values), values) and torch.equal(group.gather(values), values[None])
             assert [a["node_rank"] for a in group.arrivals] == [0] and len(group.local_cores()) == 1
@@ -125,7 +125,7 @@ def test_a_group_of_one_joins_and_leaves():
 
 
 def test_a_process_on_its_own_forms_no_group():
-    with process_group(Rank("t"), config(), CPU) as group:
+    with process_group(announce(Rank("t"), config()), CPU) as group:
         assert not dist.is_initialized() and group.backend is None and group.local_cores()
         model = torch.nn.Linear(2, 2)
         gradients = average_over(group, model)
@@ -147,7 +147,7 @@ import json, sys, time, torch
 sys.path.insert(0, {str(ROOT)!r})
 from common.config import parse_config
 from common.gradients import DDP, ThroughCpu, average_over
-from common.process_group import process_group
+from common.process_group import announce, process_group
 from common.rank import Rank
 number, port = map(int, sys.argv[1:])
 torch.set_num_threads(1)
@@ -169,7 +169,7 @@ def averaged(kind, group):
     gradients.finish()
     return [p.grad.tolist() for p in net.parameters()], [p.tolist() for p in net.parameters()]
 
-with process_group(rank, config, torch.device("cpu")) as group:
+with process_group(announce(rank, config), torch.device("cpu")) as group:
     value = torch.tensor([1.0 + number, 10.0], dtype=torch.float64)
     began = time.monotonic()
     for _ in range(5):

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,16 +18,16 @@ import torch
 import torch.distributed as dist
 
 from common import now
-from common.config import OUTPUTS, RANK_FLAGS, TrainConfig
+from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, usable_cores
 from common.errors import RunError, UsageError
 from common.events import clock_id
+from common.names import names_from_files
 from common.ports import port_taken
-from common.rank import Rank
+from common.rank import Rank, on_this_machine
 
 # What may differ between nodes: files, and how each node was started.
-_PER_NODE = (*OUTPUTS, *RANK_FLAGS, "log_every", "log_all_ranks", "threads")
-_SLICE_S = 0.3  # of waiting in the store
+_PER_NODE = (*OUTPUTS, *START_FLAGS, "log_every", "log_all_ranks", "threads")
 _CLOCK_TURNS = 12  # questions to rank 0's clock; the first only opens the way
 
 
@@ -119,13 +119,14 @@ def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
     if not serve:
         _wait_for_listener(rank, until, patience)
     try:
-        store: dist.Store = dist.TCPStore(
-            rank.master_addr or "",
-            rank.master_port,
-            is_master=serve,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=patience),
-        )
+        with names_from_files() if on_this_machine(rank.master_addr) else nullcontext():
+            store: dist.Store = dist.TCPStore(
+                rank.master_addr or "",
+                rank.master_port,
+                is_master=serve,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=patience),
+            )
     except dist.DistNetworkError as error:
         if serve and "EADDRINUSE" in str(error):
             raise port_taken(rank.master_port, "address already in use") from None
@@ -176,6 +177,7 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
     if rank.forms_group:
         store = _open_store(rank, until, patience)
         store.set(f"here/{rank.rank}", json.dumps(here))
+        store.set(f"arrived/{store.add('arrived', 1)}", "")
     return Arrival(rank, config, here, store, patience, until)
 
 
@@ -187,15 +189,15 @@ def _wait_for_all(arrival: Arrival, store: dist.Store) -> list[dict[str, Any]]:
         UsageError: ranks were given different flags (raised on all of them).
     """
     keys = [f"here/{r}" for r in range(arrival.rank.world_size)]
-    while not store.check(keys):
+    last = f"arrived/{len(keys)}"  # one key, because it is asked for often: the store's own wait is deaf to Ctrl-C
+    while not (store.check([last]) and store.check(keys)):
         if time.monotonic() > arrival.until:
             missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
             raise RunError(
                 f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {len(keys)} did not arrive within {arrival.patience:g} s "
                 "(--timeout): started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
             )
-        with suppress(dist.DistStoreError):  # in slices: within one, nothing hears Ctrl-C
-            store.wait(keys, timedelta(seconds=max(0.01, min(_SLICE_S, arrival.until - time.monotonic()))))
+        time.sleep(0.0005 * (1 + len(keys)))  # as many questions a second, however many ask
     arrivals: list[dict[str, Any]] = [json.loads(value) for value in store.multi_get(keys)]
     for number, other in enumerate(arrivals):
         for name, value in other["told"].items():

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,13 +18,53 @@ import torch
 import torch.distributed as dist
 
 from common.config import OUTPUT_FILES, RANK_FLAGS, TrainConfig
-from common.device import choose_backend, usable_cores
+from common.device import choose_backend, share_of_cores, usable_cores
 from common.errors import RunError, UsageError
 from common.ports import port_taken
 from common.rank import Rank
 
 # What may differ between nodes: files, and how each node was started.
 _PER_NODE = (*OUTPUT_FILES, *RANK_FLAGS, "log_every", "log_all_ranks", "threads")
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What ranks tell each other through the store: it works before there is a group, and under any backend."""
+
+    store: dist.Store
+    rank: Rank
+    patience: float
+    """Seconds to wait for a rank."""
+
+    def tell(self, what: str, value: Any) -> None:
+        """Writes this rank's ``value`` (fit for JSON) under ``what``; read by the others with ``hear``."""
+        self.store.set(f"{what}/{self.rank.rank}", json.dumps(value))
+
+    def hear(self, what: str, absent: str, hint: str = "", until: float | None = None) -> list[Any]:
+        """What every rank has told under ``what``, in rank order, once all have.
+
+        Args:
+            what: the name that they told it under.
+            absent: what a missing rank failed to do, in words: "did not arrive".
+            hint: the end of that sentence.
+            until: on the clock of ``time.monotonic``; by default ``patience`` from now.
+
+        Raises:
+            RunError: ranks are missing when the time is up; they are named.
+        """
+        until = time.monotonic() + self.patience if until is None else until
+        keys = [f"{what}/{r}" for r in range(self.rank.world_size)]
+        pause = 0.001
+        while not self.store.check(keys):
+            if time.monotonic() > until:
+                missing = [str(r) for r, key in enumerate(keys) if not self.store.check([key])]
+                raise RunError(
+                    f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {len(keys)} {absent} "
+                    f"within {self.patience:g} s (--timeout){hint}"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return [json.loads(value) for value in self.store.multi_get(keys)]
 
 
 @dataclass(frozen=True)
@@ -36,13 +76,15 @@ class Group:
     backend: str | None = None
     arrivals: list[dict[str, Any]] = field(default_factory=list)
     """What each rank wrote into the store before it joined: host, pid, node_rank, cores."""
+    meeting: Meeting | None = None
+    """Where the ranks met; None for a process on its own."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum of ``values`` (float64 on CPU, any shape) over all ranks, on every rank."""
         if self.backend is None or self.rank.world_size == 1:
             return values
         carried = values.to(self.device if self.backend == "nccl" else "cpu", copy=True)  # the caller's stay as they are
-        _all_reduce(carried, wait=self.backend == "gloo")
+        carry_out(lambda: dist.all_reduce(carried), [carried], wait=self.backend == "gloo")
         return carried.cpu()
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
@@ -55,14 +97,18 @@ class Group:
         """The usable cores of each rank on this node."""
         return [a["cores"] for a in self.arrivals if a["node_rank"] == self.rank.node_rank]
 
+    def threads(self, config: TrainConfig) -> int:
+        """The CPU threads that this rank trains with: ``--threads``, else its share of the node's cores."""
+        return config.threads or share_of_cores(self.arrivals[self.rank.rank]["cores"], self.local_cores())
 
-def _references(tensor: torch.Tensor) -> int:
-    """How many hold ``tensor``, in C++ and in Python."""
-    return int(tensor._use_count()) + sys.getrefcount(tensor)  # type: ignore[attr-defined]
+
+def _references(tensors: Sequence[torch.Tensor]) -> int:
+    """How many hold one of ``tensors``, in C++ and in Python."""
+    return sum(int(t._use_count()) + sys.getrefcount(t) for t in tensors)  # type: ignore[attr-defined,misc]
 
 
-def _all_reduce(tensor: torch.Tensor, wait: bool, limit: float = 1.0) -> None:
-    """Sums ``tensor`` over the ranks in place and waits until gloo's own thread has let go of it, microseconds later.
+def carry_out(collective: Callable[[], object], tensors: Sequence[torch.Tensor], wait: bool, limit: float = 1.0) -> None:
+    """Runs ``collective`` and waits until gloo's own thread has let go of its tensors, microseconds later.
 
     That thread needs the interpreter for it. If the interpreter is ending by then, the process dies with "terminate called
     without an active exception" after a run that went well (5 of 11 short runs of two to four ranks; one of 21 where only
@@ -70,14 +116,15 @@ def _all_reduce(tensor: torch.Tensor, wait: bool, limit: float = 1.0) -> None:
     has seen the group, its threads outlive ``destroy_process_group`` (torch 2.13).
 
     Args:
-        tensor: what is summed.
+        collective: does it.
+        tensors: those that it reads or writes.
         wait: whether to wait; other backends have no such thread.
         limit: seconds to wait at the most.
     """
-    before = _references(tensor)
-    dist.all_reduce(tensor)
+    before = _references(tensors)
+    collective()
     until = time.monotonic() + limit
-    while wait and _references(tensor) > before and time.monotonic() < until:
+    while wait and _references(tensors) > before and time.monotonic() < until:
         time.sleep(0.0002)
 
 
@@ -118,13 +165,14 @@ def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
     return dist.PrefixStore(f"launchlab/{rank.store_prefix}", store)
 
 
-def _arrive(store: dist.Store, rank: Rank, config: TrainConfig, until: float, patience: float) -> list[dict[str, Any]]:
+def _arrive(meeting: Meeting, config: TrainConfig, until: float) -> list[dict[str, Any]]:
     """Writes this rank into the store, waits for the others, and compares what all were told.
 
     Raises:
         RunError: ranks are missing when the time is up; they are named.
         UsageError: ranks were given different flags (raised on all of them).
     """
+    rank = meeting.rank
     told = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PER_NODE}
     here = {
         "host": socket.gethostname(),
@@ -134,19 +182,9 @@ def _arrive(store: dist.Store, rank: Rank, config: TrainConfig, until: float, pa
         "cores": sorted(usable_cores()),
         "told": told | {"world size": rank.world_size},
     }
-    store.set(f"here/{rank.rank}", json.dumps(here))
-    keys = [f"here/{r}" for r in range(rank.world_size)]
-    pause = 0.001
-    while not store.check(keys):
-        if time.monotonic() > until:
-            missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
-            raise RunError(
-                f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {rank.world_size} did not arrive within {patience:g} s "
-                "(--timeout): started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, 0.05)
-    arrivals: list[dict[str, Any]] = [json.loads(value) for value in store.multi_get(keys)]
+    meeting.tell("here", here)
+    hint = ": started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
+    arrivals: list[dict[str, Any]] = meeting.hear("here", "did not arrive", hint, until)
     for number, other in enumerate(arrivals):
         for name, value in other["told"].items():
             first = arrivals[0]["told"][name]
@@ -158,38 +196,61 @@ def _arrive(store: dist.Store, rank: Rank, config: TrainConfig, until: float, pa
 
 
 def _choose_interface(rank: Rank) -> None:
-    """Ranks of one node talk over the loopback interface: gloo else takes the host name's address, which may lead nowhere."""
-    if rank.one_node and "GLOO_SOCKET_IFNAME" not in os.environ and hasattr(socket, "if_nameindex"):
-        names = {name for _, name in socket.if_nameindex()}
+    """Ranks of one node talk over the loopback interface: gloo else takes the host name's address, which may lead nowhere.
+
+    Raises:
+        UsageError: GLOO_SOCKET_IFNAME names an interface that this machine does not have.
+    """
+    if not hasattr(socket, "if_nameindex"):
+        return
+    names = [name for _, name in socket.if_nameindex()]
+    for given in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if given not in names:
+            raise UsageError(
+                f"GLOO_SOCKET_IFNAME={given}: no such interface; this machine has {', '.join(names)}: name one or unset it"
+            )
+    if rank.one_node and "GLOO_SOCKET_IFNAME" not in os.environ:
         if loopback := next((name for name in ("lo", "lo0") if name in names), None):
             os.environ["GLOO_SOCKET_IFNAME"] = loopback
 
 
 @contextmanager
-def process_group(rank: Rank, config: TrainConfig, device: torch.device) -> Iterator[Group]:
+def process_group(
+    rank: Rank, config: TrainConfig, device: torch.device, arrived: Callable[[Group], None] = lambda group: None
+) -> Iterator[Group]:
     """Joins the group of ``rank``, and leaves it when the work is done; a process on its own gets a group of one.
+
+    Args:
+        rank: this process.
+        config: the run.
+        device: where it computes.
+        arrived: called once all ranks are there, before they join: the network between them is yet untried.
 
     Raises:
         RunError: a rank did not arrive within ``config.patience`` seconds.
         UsageError: ranks disagree on their flags, or the master's port is taken.
     """
     if not rank.forms_group:
-        yield Group(rank, device, None, [{"host": socket.gethostname(), "node_rank": 0, "cores": sorted(usable_cores())}])
+        group = Group(rank, device, None, [{"host": socket.gethostname(), "node_rank": 0, "cores": sorted(usable_cores())}])
+        arrived(group)
+        yield group
         return
-    _choose_interface(rank)
+    backend = choose_backend(config, device)
+    if backend == "gloo":
+        _choose_interface(rank)
     patience = config.patience(rank.one_node)
     until = time.monotonic() + patience
-    store = _open_store(rank, until, patience)
-    arrivals = _arrive(store, rank, config, until, patience)
-    backend = choose_backend(config, device)
+    meeting = Meeting(_open_store(rank, until, patience), rank, patience)
+    group = Group(rank, device, backend, _arrive(meeting, config, until), meeting)
+    arrived(group)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("group", store),
+        store=dist.PrefixStore("group", meeting.store),
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=timedelta(seconds=patience),
         device_id=device if backend == "nccl" else None,
     )
-    yield Group(rank, device, backend, arrivals)
+    yield group
     # Not in a `finally`: after a failure peers may be gone and destroying can wait for them; the process is about to end.
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common import checkpoint, datasets, events, models
 from common.config import JOBS, TrainConfig, check_world
 from common.console import Console
-from common.device import choose_device, peak_memory_bytes, share_of_cores, wait_for
+from common.device import choose_device, peak_memory_bytes, wait_for
 from common.endings import watched
 from common.files import write_json
 from common.gradients import Gradients, average_over
@@ -29,6 +29,8 @@ MOMENTUM = 0.9
 def train(config: TrainConfig, rank: Rank) -> None:
     """Trains the job of ``config`` as ``rank``: what every launcher calls in every process it starts.
 
+    With ``--inspect`` it looks at the ranks instead.
+
     Raises:
         UsageError: the configuration does not fit this machine or these ranks (one process on its own only).
         SystemExit: 2 after a UsageError among several ranks, 1 after any other failure; it has been told of by then.
@@ -36,7 +38,12 @@ def train(config: TrainConfig, rank: Rank) -> None:
     phases = events.Phases(events.command_started(rank.launchers))
     phases.mark("ranks_known")
     with watched(rank):
-        _train(config, rank, phases)
+        if config.inspect:
+            from common.inspection import inspect
+
+            inspect(config, rank)
+        else:
+            _train(config, rank, phases)
     # The interpreter's last collections would walk all that torch has made: 0.5 s of processor time a rank, for nothing.
     gc.freeze()
 
@@ -47,7 +54,7 @@ def _train(config: TrainConfig, rank: Rank, phases: events.Phases) -> None:
     device = choose_device(config, rank)
     console = Console(config, rank)
     with process_group(rank, config, device) as group:
-        threads = config.threads or share_of_cores(group.arrivals[rank.rank]["cores"], group.local_cores())
+        threads = group.threads(config)
         torch.set_num_threads(threads)
         phases.mark("group_joined")
         console.joined(group, threads)

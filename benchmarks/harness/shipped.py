@@ -28,7 +28,9 @@ class Gift:
     @property
     def cores(self) -> str:
         """The cores that each rank may use: "0-1", or "0 | 1" where ranks have their own."""
-        return " | ".join(dict.fromkeys(ranges(rank["cores"]) for rank in self.ranks))
+        from common.inspection import compact  # here, when all is measured: it imports torch
+
+        return " | ".join(dict.fromkeys(compact(rank["cores"]) for rank in self.ranks))
 
     @property
     def variables(self) -> dict[str, str] | None:
@@ -39,17 +41,6 @@ class Gift:
     def as_json(self) -> dict[str, Any]:
         """For a result file."""
         return {"launcher": self.case.title, "world_size": self.case.world_size, "ranks": self.ranks}
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Whole numbers as ranges: [0, 1, 2, 4] is "0-2,4"."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def gifts(session: Session) -> list[Gift]:

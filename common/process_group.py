@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -28,7 +28,7 @@ from common.values import AS_SHIPPED
 
 # What may differ between nodes: files, and how each node was started.
 _PER_NODE = (*OUTPUTS, *RANK_FLAGS, "log_every", "log_all_ranks", "threads")
-_SLICE_S = 0.3  # of waiting in the store
+_PAUSE_S = (0.001, 0.01)  # between two looks into the store: from, to. Its own wait() warns of each time-out, on stderr
 _CLOCK_TURNS = 12  # questions to rank 0's clock; the first only opens the way
 
 
@@ -69,6 +69,7 @@ class Meeting:
         """
         until = time.monotonic() + self.patience if until is None else until
         keys = [f"{what}/{r}" for r in range(self.rank.world_size)]
+        pause, longest = _PAUSE_S
         while not self.store.check(keys):
             if time.monotonic() > until:
                 missing = [str(r) for r, key in enumerate(keys) if not self.store.check([key])]
@@ -76,8 +77,8 @@ class Meeting:
                     f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {len(keys)} {absent} "
                     f"within {self.patience:g} s (--timeout){hint}"
                 )
-            with suppress(dist.DistStoreError):  # in slices: within one, nothing hears Ctrl-C
-                self.store.wait(keys, timedelta(seconds=max(0.01, min(_SLICE_S, until - time.monotonic()))))
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
         return [json.loads(value) for value in self.store.multi_get(keys)]
 
 

@@ -114,6 +114,7 @@ class TrainConfig:
         MACHINE, seconds, "seconds to wait for a missing or silent rank (default: 60 on one node, 600 on several)", None, "S"
     )
 
+    inspect: bool = flag(OUTPUT, switch, "train nothing: tell who the ranks are, and check that they reach each other", False)
     log_every: int = flag(OUTPUT, whole(0), "print the local loss every N steps; 0: only per epoch", 0)
     log_all_ranks: bool = flag(OUTPUT, switch, "every rank prints, not only each node's first", False)
     plot: str | None = flag(OUTPUT, any_text, "save the training curves as a picture (.png, .svg or .pdf)", None, "FILE")
@@ -311,6 +312,10 @@ def _resolve(values: dict[str, Any], given: Mapping[str, str], elastic: bool) ->
     if config.nnodes.least < config.nnodes and not elastic:
         raise UsageError(f"--nnodes {config.nnodes.least}:{config.nnodes}: only elastic.py takes a range; give one number of nodes")
     for name in OUTPUT_FILES:
+        if config.inspect and name != "result" and name in given:
+            raise UsageError(
+                f"{given[name]} with --inspect: nothing is trained, so there is nothing to write; leave one of them out"
+            )
         if path := getattr(config, name):
             check_writable(f"--{name} {path}", Path(path))
     if config.events and Path(config.events).exists() and not Path(config.events).is_dir():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import sys
+from collections.abc import Sequence
+from io import StringIO
 
 from torch import nn
 
@@ -12,6 +15,8 @@ from common import models
 from common.config import TrainConfig
 from common.process_group import Group
 from common.rank import Rank
+
+GAP = 2  # blanks between the columns of a table
 
 
 class Console:
@@ -74,3 +79,34 @@ class Console:
             rate = "" if samples_per_s is None else f", {samples_per_s:,.0f} samples/s"
             epochs = self.config.epochs
             self.line(f"Total time: {train_s:.2f} s{launch}, average time per epoch: {train_s / epochs:.3f} s{rate}")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 0) -> str:
+    """``rows`` as text in columns under ``headers`` (none: leave them out).
+
+    A terminal's width is kept to: columns that do not fit come below, beside the first one again, and a cell that does not fit
+    is folded. Elsewhere the table is as wide as it needs, so that nothing is cut.
+    """
+    from rich.console import Console as Screen
+    from rich.table import Table
+
+    width = shutil.get_terminal_size().columns - indent if sys.stdout.isatty() else 10_000
+    screen = Screen(file=StringIO(), width=max(20, width), color_system=None, markup=False, emoji=False, highlight=False)
+    columns = list(zip(*([headers] if headers else []), *rows, strict=True))
+    needs = [GAP + max(len(line) for cell in column for line in cell.splitlines() or [""]) for column in columns]
+    blocks = [[0]]
+    for number in range(1, len(columns)):
+        if len(blocks[-1]) > 1 and sum(needs[n] for n in (*blocks[-1], number)) - GAP > width:
+            blocks.append([0])
+        blocks[-1].append(number)
+    for block in blocks:
+        if block is not blocks[0]:
+            screen.print()
+        drawn = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=bool(headers), header_style="")
+        for number in block:
+            drawn.add_column(headers[number] if headers else "", overflow="fold")
+        for row in rows:
+            drawn.add_row(*(row[number] for number in block))
+        screen.print(drawn)
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(" " * indent + row.rstrip() for row in text.splitlines())

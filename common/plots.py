@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which stay apart for colour-blind readers: https://jfly.uni-koeln.de/color/
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Where seven are too few: Paul Tol's "muted" ten, likewise chosen: https://sronpersonalpages.nl/~pault/
+TEN_COLOURS = ("#DDDDDD", "#332288", "#88CCEE", "#CC6677", "#117733", "#DDCC77", "#44AA99", "#882255", "#999933", "#AA4499")
 
 
 def figure(width: float = 8.0, height: float = 4.5) -> Figure:

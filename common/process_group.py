@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,12 +19,13 @@ import torch.distributed as dist
 
 from common import now
 from common.config import OUTPUTS, START_FLAGS, TrainConfig
-from common.device import choose_backend, usable_cores
+from common.device import choose_backend, share_of_cores, usable_cores
 from common.errors import RunError, UsageError
 from common.events import clock_id
 from common.names import names_from_files
 from common.ports import port_taken
 from common.rank import Rank, on_this_machine
+from common.values import AS_SHIPPED
 
 # What may differ between nodes: files, and how each node was started.
 _PER_NODE = (*OUTPUTS, *START_FLAGS, "log_every", "log_all_ranks", "threads")
@@ -42,6 +43,46 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """What ranks tell each other through the store: it works before there is a group, and under any backend."""
+
+    store: dist.Store
+    rank: Rank
+    patience: float
+    """Seconds to wait for a rank."""
+
+    def tell(self, what: str, value: Any) -> None:
+        """Writes this rank's ``value`` (fit for JSON) under ``what``; read by the others with ``hear``."""
+        self.store.set(f"{what}/{self.rank.rank}", json.dumps(value))
+        self.store.set(f"{what}/told/{self.store.add(f'{what}/told', 1)}", "")
+
+    def hear(self, what: str, absent: str, hint: str = "", until: float | None = None) -> list[Any]:
+        """What every rank has told under ``what``, in rank order, once all have.
+
+        Args:
+            what: the name that they told it under.
+            absent: what a missing rank failed to do, in words: "did not arrive".
+            hint: the end of that sentence.
+            until: on the clock of ``time.monotonic``; by default ``patience`` from now.
+
+        Raises:
+            RunError: ranks are missing when the time is up; they are named.
+        """
+        until = time.monotonic() + self.patience if until is None else until
+        keys = [f"{what}/{r}" for r in range(self.rank.world_size)]
+        last = f"{what}/told/{len(keys)}"  # asked for often, so one key only; the store's own wait() is deaf to Ctrl-C
+        while not (self.store.check([last]) and self.store.check(keys)):
+            if time.monotonic() > until:
+                missing = [str(r) for r, key in enumerate(keys) if not self.store.check([key])]
+                raise RunError(
+                    f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {len(keys)} {absent} "
+                    f"within {self.patience:g} s (--timeout){hint}"
+                )
+            time.sleep(0.0005 * (1 + len(keys)))  # as many questions a second, however many ask
+        return [json.loads(value) for value in self.store.multi_get(keys)]
+
+
+@dataclass(frozen=True)
 class Group:
     """The ranks that train together; a process on its own is a group of one without a backend."""
 
@@ -51,13 +92,15 @@ class Group:
     arrivals: list[dict[str, Any]] = field(default_factory=list)
     """What each rank wrote into the store before it joined: host, pid, node_rank, cores, clock, command_started."""
     clock: Clock = field(default_factory=Clock)
+    meeting: Meeting | None = None
+    """Where the ranks met; None for a process on its own."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum of ``values`` (float64 on CPU, any shape) over all ranks, on every rank."""
         if self.backend is None or self.rank.world_size == 1:
             return values
         carried = values.to(self.device if self.backend == "nccl" else "cpu", copy=True)  # the caller's stay as they are
-        _all_reduce(carried, wait=self.backend == "gloo")
+        carry_out(lambda: dist.all_reduce(carried), [carried], wait=self.backend == "gloo")
         return carried.cpu()
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
@@ -70,14 +113,25 @@ class Group:
         """The usable cores of each rank on this node."""
         return [a["cores"] for a in self.arrivals if a["node_rank"] == self.rank.node_rank]
 
+    def threads(self, config: TrainConfig, found: int) -> int:
+        """The CPU threads that this rank trains with: ``--threads``, else its share of the node's cores.
 
-def _references(tensor: torch.Tensor) -> int:
-    """How many hold ``tensor``, in C++ and in Python."""
-    return int(tensor._use_count()) + sys.getrefcount(tensor)  # type: ignore[attr-defined]
+        Args:
+            config: the run.
+            found: what the launcher left.
+        """
+        if config.threads == AS_SHIPPED:
+            return found
+        return config.threads or share_of_cores(self.arrivals[self.rank.rank]["cores"], self.local_cores())
 
 
-def _all_reduce(tensor: torch.Tensor, wait: bool, limit: float = 1.0) -> None:
-    """Sums ``tensor`` over the ranks in place and waits until gloo's own thread has let go of it, microseconds later.
+def _references(tensors: Sequence[torch.Tensor]) -> int:
+    """How many hold one of ``tensors``, in C++ and in Python."""
+    return sum(int(t._use_count()) + sys.getrefcount(t) for t in tensors)  # type: ignore[attr-defined,misc]
+
+
+def carry_out(collective: Callable[[], object], tensors: Sequence[torch.Tensor], wait: bool, limit: float = 1.0) -> None:
+    """Runs ``collective`` and waits until gloo's own thread has let go of its tensors, microseconds later.
 
     That thread needs the interpreter for it. If the interpreter is ending by then, the process dies with "terminate called
     without an active exception" after a run that went well (5 of 11 short runs of two to four ranks; one of 21 where only
@@ -85,14 +139,15 @@ def _all_reduce(tensor: torch.Tensor, wait: bool, limit: float = 1.0) -> None:
     has seen the group, its threads outlive ``destroy_process_group`` (torch 2.13).
 
     Args:
-        tensor: what is summed.
+        collective: does it.
+        tensors: those that it reads or writes.
         wait: whether to wait; other backends have no such thread.
         limit: seconds to wait at the most.
     """
-    before = _references(tensor)
-    dist.all_reduce(tensor)
+    before = _references(tensors)
+    collective()
     until = time.monotonic() + limit
-    while wait and _references(tensor) > before and time.monotonic() < until:
+    while wait and _references(tensors) > before and time.monotonic() < until:
         time.sleep(0.0002)
 
 
@@ -142,8 +197,8 @@ class Arrival:
     config: TrainConfig
     here: dict[str, Any]
     """What it wrote into the store."""
-    store: dist.Store | None
-    patience: float
+    meeting: Meeting | None
+    """Where it is seen; None for a process on its own."""
     until: float
     """When its patience ends (``time.monotonic``)."""
 
@@ -173,32 +228,22 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
     }
     patience = config.patience(rank.one_node)
     until = time.monotonic() + patience
-    store = None
+    meeting = None
     if rank.forms_group:
-        store = _open_store(rank, until, patience)
-        store.set(f"here/{rank.rank}", json.dumps(here))
-        store.set(f"arrived/{store.add('arrived', 1)}", "")
-    return Arrival(rank, config, here, store, patience, until)
+        meeting = Meeting(_open_store(rank, until, patience), rank, patience)
+        meeting.tell("here", here)
+    return Arrival(rank, config, here, meeting, until)
 
 
-def _wait_for_all(arrival: Arrival, store: dist.Store) -> list[dict[str, Any]]:
+def _wait_for_all(meeting: Meeting, until: float) -> list[dict[str, Any]]:
     """Waits for the others, and compares what all were told.
 
     Raises:
         RunError: ranks are missing when the time is up; they are named.
         UsageError: ranks were given different flags (raised on all of them).
     """
-    keys = [f"here/{r}" for r in range(arrival.rank.world_size)]
-    last = f"arrived/{len(keys)}"  # one key, because it is asked for often: the store's own wait is deaf to Ctrl-C
-    while not (store.check([last]) and store.check(keys)):
-        if time.monotonic() > arrival.until:
-            missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
-            raise RunError(
-                f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {len(keys)} did not arrive within {arrival.patience:g} s "
-                "(--timeout): started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
-            )
-        time.sleep(0.0005 * (1 + len(keys)))  # as many questions a second, however many ask
-    arrivals: list[dict[str, Any]] = [json.loads(value) for value in store.multi_get(keys)]
+    hint = ": started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
+    arrivals: list[dict[str, Any]] = meeting.hear("here", "did not arrive", hint, until)
     for number, other in enumerate(arrivals):
         for name, value in other["told"].items():
             first = arrivals[0]["told"][name]
@@ -238,37 +283,57 @@ def _compare_clocks(rank: int, arrivals: list[dict[str, Any]], store: dist.Store
 
 
 def _choose_interface(rank: Rank) -> None:
-    """Ranks of one node talk over the loopback interface: gloo else takes the host name's address, which may lead nowhere."""
-    if rank.one_node and "GLOO_SOCKET_IFNAME" not in os.environ and hasattr(socket, "if_nameindex"):
-        names = {name for _, name in socket.if_nameindex()}
+    """Ranks of one node talk over the loopback interface: gloo else takes the host name's address, which may lead nowhere.
+
+    Raises:
+        UsageError: GLOO_SOCKET_IFNAME names an interface that this machine does not have.
+    """
+    if not hasattr(socket, "if_nameindex"):
+        return
+    names = [name for _, name in socket.if_nameindex()]
+    for given in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if given not in names:
+            raise UsageError(
+                f"GLOO_SOCKET_IFNAME={given}: no such interface; this machine has {', '.join(names)}: name one or unset it"
+            )
+    if rank.one_node and "GLOO_SOCKET_IFNAME" not in os.environ:
         if loopback := next((name for name in ("lo", "lo0") if name in names), None):
             os.environ["GLOO_SOCKET_IFNAME"] = loopback
 
 
 @contextmanager
-def process_group(arrival: Arrival, device: torch.device) -> Iterator[Group]:
+def process_group(arrival: Arrival, device: torch.device, arrived: Callable[[Group], None] = lambda group: None) -> Iterator[Group]:
     """Joins the group, and leaves it when the work is done; a process on its own gets a group of one.
+
+    Args:
+        arrival: this process.
+        device: where it computes.
+        arrived: called once all ranks are there, before they join: the network between them is yet untried.
 
     Raises:
         RunError: a rank did not arrive in time; it is named.
         UsageError: ranks disagree on their flags.
     """
-    rank, store = arrival.rank, arrival.store
-    if store is None:
-        yield Group(rank, device, None, [arrival.here])
+    rank, meeting = arrival.rank, arrival.meeting
+    if meeting is None:
+        group = Group(rank, device, None, [arrival.here])
+        arrived(group)
+        yield group
         return
-    _choose_interface(rank)
-    arrivals = _wait_for_all(arrival, store)
-    clock = _compare_clocks(rank.rank, arrivals, store)
     backend = choose_backend(arrival.config, device)
+    if backend == "gloo":
+        _choose_interface(rank)
+    arrivals = _wait_for_all(meeting, arrival.until)
+    group = Group(rank, device, backend, arrivals, _compare_clocks(rank.rank, arrivals, meeting.store), meeting)
+    arrived(group)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("group", store),
+        store=dist.PrefixStore("group", meeting.store),
         rank=rank.rank,
         world_size=rank.world_size,
-        timeout=timedelta(seconds=arrival.patience),
+        timeout=timedelta(seconds=meeting.patience),
         device_id=device if backend == "nccl" else None,
     )
-    yield Group(rank, device, backend, arrivals, clock)
+    yield group
     # Not in a `finally`: after a failure peers may be gone and destroying can wait for them; the process is about to end.
     dist.destroy_process_group()

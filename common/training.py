@@ -15,7 +15,7 @@ import common
 from common import checkpoint, datasets, events, models, now
 from common.config import JOBS, TrainConfig, check_world
 from common.console import Console
-from common.device import choose_device, peak_memory_bytes, share_of_cores, shared_out_memory_bytes, wait_for
+from common.device import choose_device, peak_memory_bytes, shared_out_memory_bytes, wait_for
 from common.endings import watched
 from common.files import write_json
 from common.gradients import Gradients, average_over
@@ -23,7 +23,6 @@ from common.lean import spare_the_compiler
 from common.process_group import Group, announce, process_group
 from common.rank import Rank
 from common.sampling import Distributed, Exact, make_sampler
-from common.values import AS_SHIPPED
 
 EVAL_BATCH = 512  # samples a forward pass without gradients
 MOMENTUM = 0.9
@@ -32,6 +31,8 @@ _IMPORTED = now()  # torch and all that is imported for it
 
 def train(config: TrainConfig, rank: Rank) -> None:
     """Trains the job of ``config`` as ``rank``: what every launcher calls in every process it starts.
+
+    With ``--inspect`` it looks at the ranks instead.
 
     Raises:
         UsageError: the configuration does not fit this machine or these ranks (one process on its own only).
@@ -43,7 +44,12 @@ def train(config: TrainConfig, rank: Rank) -> None:
     if config.events:
         phases.write_to(config.events, rank, clock=events.clock_id())
     with watched(rank, phases.path):
-        _train(config, rank, phases)
+        if config.inspect:
+            from common.inspection import inspect
+
+            inspect(config, rank)
+        else:
+            _train(config, rank, phases)
     # The interpreter's last collections would walk all that torch has made: 0.5 s of processor time a rank, for nothing.
     gc.freeze()
 
@@ -66,8 +72,7 @@ def _train(config: TrainConfig, rank: Rank, phases: events.Phases) -> None:
         first = torch.arange(min(2, len(train_data)))
         models.check_fit(config, model, *datasets.fetch(train_data, first, device, dtype))
     with process_group(arrival, device) as group:
-        share = share_of_cores(arrival.here["cores"], group.local_cores())
-        threads = shipped if config.threads == AS_SHIPPED else config.threads or share
+        threads = group.threads(config, shipped)
         torch.set_num_threads(threads)
         phases.joined(group.clock.offset_seconds, group.clock.round_trip_seconds, group.arrivals[0]["command_started"], threads)
         console.joined(group, threads)

@@ -204,7 +204,11 @@ def launch(launcher: str, ranks: int = 1, flags: str = "", threads: int = 1, wat
 
 
 def run(
-    words: Sequence[str], variables: Mapping[str, str] | None = None, typed: str = "", watch: bool = False, limit_s: float = LIMIT_S
+    words: Sequence[str],
+    variables: Mapping[str, str | None] | None = None,
+    typed: str = "",
+    watch: bool = False,
+    limit_s: float = LIMIT_S,
 ) -> tuple[str, float, list[Seen]]:
     """Runs any command in the repository's root; returns its output, seconds, and the processes seen if it was watched.
 

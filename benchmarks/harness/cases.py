@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
-import subprocess
+import dataclasses
+import json
+import multiprocessing
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.harness import machine, mpis
+from benchmarks.harness.mpis import Mpi, program
 from benchmarks.harness.runner import REPOSITORY
+from common.config import parse_config
 from common.errors import UsageError
+from common.values import AS_SHIPPED
 
 LAUNCHERS = ("plain", "spawn", "torchrun", "mpi")
+ALL_LAUNCHERS = (*LAUNCHERS, "elastic", "slurm")
 PEERS = ("tutorial",)  # the same job written the tutorial's way, to measure against
+FLOOR = "floor"  # no launcher: one interpreter makes one step
+START_METHODS = ("spawn", "forkserver", "fork")
 
 
 @dataclass(frozen=True)
@@ -23,53 +30,96 @@ class Case:
     launcher: str
     world_size: int
     threads: int
+    """AS_SHIPPED: what the launcher leaves; it may bind ranks to cores, too."""
+    variant: str = ""
+    """spawn's start method, or the MPI; empty: the default one."""
+
+    @property
+    def title(self) -> str:
+        """The launcher with its variant: ``spawn (forkserver)``."""
+        return f"{self.launcher} ({self.variant})" if self.variant else self.launcher
 
     @property
     def name(self) -> str:
         """In a table or a legend."""
-        return f"{self.launcher}, {self.world_size} rank{'s' * (self.world_size > 1)}"
+        as_shipped = ", as shipped" if self.threads == AS_SHIPPED else ""
+        return f"{self.title}, {self.world_size} rank{'s' * (self.world_size > 1)}{as_shipped}"
 
 
-def program(name: str) -> str:
-    """The program that belongs to the running Python's environment, else the first on PATH.
+def variants(launcher: str) -> list[str]:
+    """The variants of a launcher that are told apart, whether or not they are here."""
+    if launcher == "spawn":
+        return list(START_METHODS)
+    if launcher == "mpi":
+        return list(dict.fromkeys([*mpis.found(), *mpis.TESTED]))
+    return [""]
+
+
+def _script(folder: str, name: str) -> str:
+    """The path of a file that is run, from the repository's root.
 
     Raises:
-        UsageError: there is none.
+        UsageError: it is not there.
     """
-    beside = shutil.which(name, path=str(Path(sys.executable).parent))
-    if found := beside or shutil.which(name):
-        return found
-    raise UsageError(f"{name} is not installed: pip install -r requirements.txt, or leave its launcher out of --launchers")
+    path = Path(folder, f"{name}.py")
+    if not (REPOSITORY / path).is_file():
+        raise UsageError(f"{path} is not in this checkout: bring it up to date (git pull)")
+    return str(path)
 
 
-@functools.cache
-def is_open_mpi() -> bool:
-    """Whether mpirun is Open MPI's, which refuses root and more ranks than cores, and binds each rank to one core."""
-    told = subprocess.run([program("mpirun"), "--version"], capture_output=True, text=True, timeout=30, check=False)
-    return any(name in told.stdout for name in ("Open MPI", "OpenRTE", "PRTE"))
+def mpirun(ranks: str, mpi: Mpi | None = None, as_shipped: bool = False) -> tuple[list[str], dict[str, str]]:
+    """(command line up to the program, variables to add) for so many ranks, as root too and with more ranks than cores.
 
-
-def command(case: Case, flags: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(command line, variables to add) that runs ``case`` with the training ``flags``."""
-    python, n = sys.executable, str(case.world_size)
-    flags = [*flags, "--threads", str(case.threads)]
-    script = str(Path("launchers", f"{case.launcher}.py"))
-    if case.launcher in ("plain", "spawn"):
-        return [python, script, "--world_size", n, "--master_port", "0", *flags], {}
-    if case.launcher in ("torchrun", "tutorial"):
-        if case.launcher == "tutorial":
-            script = str(Path("benchmarks", "tutorial_loop.py"))
-        # --standalone takes a free port; OMP_NUM_THREADS only spares torchrun's notice, --threads counts.
-        return [program("torchrun"), "--standalone", f"--nproc_per_node={n}", script, *flags], {
-            "OMP_NUM_THREADS": str(case.threads)
-        }
-    if case.launcher == "mpi":
-        words, variables = [program("mpirun"), "-np", n], {}
-        if is_open_mpi():
+    Args:
+        ranks: how many.
+        mpi: by default the one that a user of this environment gets.
+        as_shipped: let it bind ranks to cores as it likes.
+    """
+    mpi = mpi or mpis.default()
+    words, variables = [mpi.mpirun, "-np", ranks], {}
+    if mpi.name == "Open MPI":  # it refuses root and more ranks than cores, and binds each rank to one core
+        variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        if not as_shipped:
             words += ["--oversubscribe", "--bind-to", "none"]
-            variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        return [*words, python, script, "--master_port", "0", *flags], variables
-    raise UsageError(f"--launchers {case.launcher}: no such launcher; give some of {', '.join(LAUNCHERS + PEERS)}")
+        elif int(ranks) > machine.usable_cores():
+            words += ["--oversubscribe"]
+    return words, variables
+
+
+def command(case: Case, flags: list[str]) -> tuple[list[str], dict[str, str | None]]:
+    """(command line, variables to set, or to take away where None) that runs ``case`` with the training ``flags``.
+
+    Raises:
+        UsageError: the launcher, or a program that it needs, is not here.
+    """
+    python, n = sys.executable, str(case.world_size)
+    shipped = case.threads == AS_SHIPPED
+    variables: dict[str, str | None] = {"OMP_NUM_THREADS": None} if shipped else {}
+    if case.launcher == FLOOR:
+        config = dataclasses.replace(parse_config(FLOOR, argv=flags), threads=case.threads)
+        return [python, _script("benchmarks", FLOOR), json.dumps(dataclasses.asdict(config))], variables
+    flags = [*flags, "--threads", "as_shipped" if shipped else str(case.threads)]
+    if case.launcher not in ALL_LAUNCHERS + PEERS:
+        raise UsageError(f"--launchers {case.launcher}: no such launcher; give some of {', '.join(ALL_LAUNCHERS + PEERS)}")
+    script = _script("benchmarks", "tutorial_loop") if case.launcher in PEERS else _script("launchers", case.launcher)
+    if case.launcher in ("plain", "spawn"):
+        if case.variant:
+            if case.variant not in multiprocessing.get_all_start_methods():
+                raise UsageError(f"this system's Python has no start method {case.variant}: leave it out of --launchers")
+            flags = ["--start_method", case.variant, *flags]
+        return [python, script, "--world_size", n, "--master_port", "0", *flags], variables
+    if case.launcher in ("torchrun", *PEERS):
+        if not shipped:
+            variables = {"OMP_NUM_THREADS": str(case.threads)}  # only spares torchrun's notice, --threads counts
+        # --standalone takes a free port.
+        return [program("torchrun"), "--standalone", f"--nproc_per_node={n}", script, *flags], variables
+    if case.launcher == "elastic":
+        return [python, script, "--nproc_per_node", n, *flags], variables
+    if case.launcher == "slurm":
+        return [program("srun"), f"--ntasks={n}", python, script, *flags], variables
+    mpi = mpis.named(case.variant)
+    words, more = mpirun(n, mpi, shipped)
+    return [*words, mpi.python, script, "--master_port", "0", *flags], variables | more
 
 
 def shown(words: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg")
 
 
-def _both(drawn: Figure, folder: Path, name: str, caption: str) -> list[Path]:
+def both(drawn: Figure, folder: Path, name: str, caption: str) -> list[Path]:
+    """Saves ``drawn`` in both formats; the paths."""
     paths = [folder / f"{name}{kind}" for kind in FORMATS]
     for path in paths:
         save(drawn, path, caption)
@@ -30,17 +32,15 @@ def _launchers(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(row.name for row in rows))
 
 
-def _with_range(axes: Axes, points: list[tuple[float, Spread]], number: int, label: str | None) -> None:
+def with_range(axes: Axes, points: Sequence[tuple[float, Spread]], number: int, label: str | None, **style: Any) -> None:
+    """A line through medians with their ranges, in the style of ``number`` where ``style`` does not say otherwise."""
+    usual: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1.4, "capsize": 3}
     axes.errorbar(
         [x for x, _ in points],
         [s.median for _, s in points],
         yerr=[[s.median - s.low for _, s in points], [s.high - s.median for _, s in points]],
-        color=COLOURS[number % len(COLOURS)],
-        marker=MARKERS[number % len(MARKERS)],
-        markersize=5,
-        capsize=3,
-        linewidth=1.4,
         label=label,
+        **(usual | {"color": COLOURS[number % len(COLOURS)]} | style),
     )
 
 
@@ -62,8 +62,8 @@ def speedup(rows: list[Row], folder: Path, caption: str, cores: int, threads: in
                 continue
             each = [(n, Spread(s.median / n, s.low / n, s.high / n, s.samples)) for n, s in mine]
             highest, most = max(highest, *(s.high for _, s in mine)), max(most, *(s.high for _, s in each))
-            _with_range(upper, [(n * shift, s) for n, s in mine], number, launcher)
-            _with_range(lower, [(n * shift, s) for n, s in each], number, None)
+            with_range(upper, [(n * shift, s) for n, s in mine], number, launcher)
+            with_range(lower, [(n * shift, s) for n, s in each], number, None)
         ideal = [sizes[0] * (sizes[-1] / sizes[0]) ** (i / 50) for i in range(51)]  # a straight line, bent by the axis
         upper.plot(ideal, ideal, color="0.5", linestyle=":", label="ideal: as many\ntimes as ranks")
         upper.axhline(1, color="0.5", linewidth=0.8)
@@ -82,7 +82,7 @@ def speedup(rows: list[Row], folder: Path, caption: str, cores: int, threads: in
     drawn.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
     drawn.suptitle(f"Speedup by launcher, {'weak' if weak else 'strong'} scaling: median and range", fontsize=12)
     more = " * more ranks than cores." if any(n * threads > cores for n in sizes) else ""
-    return _both(drawn, folder, "speedup", f"{more} {caption}".strip())
+    return both(drawn, folder, "speedup", f"{more} {caption}".strip())
 
 
 def _all_threads(rows: list[Row], what: str) -> float | None:
@@ -122,7 +122,7 @@ def wall_clock(rows: list[Row], folder: Path, caption: str) -> list[Path]:
     axes.set(xlabel="seconds (median; the bar's whisker is the range of the whole command)", ylabel="launcher · ranks")
     drawn.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=1 if len(shown) < 4 else 3, fontsize=8)
     more = " * more ranks than cores." if any(row.oversubscribed for row in shown) else ""
-    return _both(drawn, folder, "wall_clock", f"{more} {caption}".strip())
+    return both(drawn, folder, "wall_clock", f"{more} {caption}".strip())
 
 
 def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads: int, weak: bool) -> list[Path]:
@@ -169,7 +169,7 @@ def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads:
     axes[1][0].set_ylabel("largest relative difference\nfrom one process so far")
     axes[0][0].legend()
     drawn.suptitle("Same loss: every launcher and rank count, and one process", fontsize=12)
-    return _both(drawn, folder, "loss", f"What never differs (0) is not drawn. {caption}")
+    return both(drawn, folder, "loss", f"What never differs (0) is not drawn. {caption}")
 
 
 def _growing(axes: Axes, result: dict[str, Any], reference: dict[str, Any], **style: Any) -> None:
@@ -189,8 +189,8 @@ def batch_sizes(points: list[dict[str, Any]], folder: Path, caption: str, target
     missed = False
     for number, name in enumerate(names):
         mine = [p for p in points if p["name"] == name]
-        _with_range(left, [(p["batch_size"], p["samples_per_second"]) for p in mine if p["samples_per_second"]], number, name)
-        _with_range(right, [(p["batch_size"], p["seconds_to_target"]) for p in mine if p["seconds_to_target"]], number, name)
+        with_range(left, [(p["batch_size"], p["samples_per_second"]) for p in mine if p["samples_per_second"]], number, name)
+        with_range(right, [(p["batch_size"], p["seconds_to_target"]) for p in mine if p["seconds_to_target"]], number, name)
         for p in mine:
             if not p["seconds_to_target"] and p["has_accuracy"]:
                 missed = True
@@ -207,4 +207,4 @@ def batch_sizes(points: list[dict[str, Any]], folder: Path, caption: str, target
         right.text(0.5, 0.5, "this job has no accuracy", ha="center", transform=right.transAxes)
     drawn.suptitle(f"How large a batch? Learning rate scaled: {rule}", fontsize=12)
     note = " × did not reach it in the epochs given." if missed else ""
-    return _both(drawn, folder, "batch_sizes", f"{note} {caption}".strip())
+    return both(drawn, folder, "batch_sizes", f"{note} {caption}".strip())

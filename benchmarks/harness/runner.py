@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from common import events, now
+
 MARKER = "LAUNCHLAB_RUN"  # in the environment of every process of a run, however far it has moved from its parent
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -51,15 +53,24 @@ class Running:
         self,
         command: Sequence[str | Path],
         limit_s: float,
-        variables: Mapping[str, str] | None = None,
+        variables: Mapping[str, str | None] | None = None,
         folder: Path = REPOSITORY,
     ) -> None:
-        """Starts ``command`` in ``folder``, in a session of its own, with ``variables`` added to the environment."""
+        """Starts ``command`` in ``folder``, in a session of its own, and tells it when that was.
+
+        Args:
+            command: the command line.
+            limit_s: seconds that it may take.
+            variables: set in its environment, or taken away where None.
+            folder: where it runs.
+        """
         self.command = [str(word) for word in command]
         self.limit_s = limit_s
         self._marker = uuid.uuid4().hex
         self._files = [tempfile.TemporaryFile() for _ in range(2)]  # not pipes: whoever outlives the command cannot block it
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(variables or {}) | {MARKER: self._marker}
+        given = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(variables or {}) | {MARKER: self._marker}
+        environment = {name: value for name, value in given.items() if value is not None}
+        environment[events.STARTED] = f"{events.clock_id()}:{now()}"
         self._began = time.perf_counter()
         self._process = subprocess.Popen(
             self.command,
@@ -151,7 +162,10 @@ def _command_line(process: psutil.Process) -> str:
 
 
 def run(
-    command: Sequence[str | Path], limit_s: float = 120.0, variables: Mapping[str, str] | None = None, folder: Path = REPOSITORY
+    command: Sequence[str | Path],
+    limit_s: float = 120.0,
+    variables: Mapping[str, str | None] | None = None,
+    folder: Path = REPOSITORY,
 ) -> Outcome:
     """Runs ``command`` to its end or for ``limit_s`` seconds, whichever comes first."""
     return Running(command, limit_s, variables, folder).wait()

@@ -38,11 +38,13 @@ class Row:
     parity: Parity | None
     parameters: str | None
     """SHA-256 of the trained parameters, if all repeats agree."""
+    start_method: str | None = None
+    """multiprocessing's, where the launcher has one."""
 
     @property
     def name(self) -> str:
-        """The launcher's."""
-        return self.case.launcher
+        """The launcher's, with its start method."""
+        return f"{self.case.launcher} ({self.start_method})" if self.start_method else self.case.launcher
 
     def as_json(self) -> dict[str, Any]:
         """For a result file."""
@@ -52,6 +54,7 @@ class Row:
 
         return {
             "launcher": self.case.launcher,
+            "start_method": self.start_method,
             "world_size": self.case.world_size,
             "threads": self.case.threads,
             "oversubscribed": self.oversubscribed,
@@ -112,6 +115,7 @@ def summarise(session: Session, cases: list[Case], threads: int, cores: int, wea
                 if timed or session.of("fp64", case)
                 else None,
                 digests.pop() if len(digests) == 1 else None,
+                (first_result(timed) or {}).get("start_method"),
             )
         )
     return rows

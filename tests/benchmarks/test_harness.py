@@ -14,10 +14,11 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import compare
-from benchmarks.harness import cases, machine, parity, plots, report, statistics, summary
+from benchmarks.harness import cases, machine, mpis, parity, plots, report, statistics, summary
 from benchmarks.harness.cases import Case
 from benchmarks.harness.runner import MARKER, REPOSITORY, Running, run
 from benchmarks.harness.session import Job, Sample, Session
+from common import events, now
 from common.errors import UsageError
 
 PYTHON = sys.executable
@@ -80,6 +81,19 @@ def test_a_run_that_is_interrupted_is_ended(tmp_path):
 def test_two_runs_have_different_marks():
     code = f"import os; print(os.environ[{MARKER!r}])"
     assert run([PYTHON, "-c", code], 20).stdout != run([PYTHON, "-c", code], 20).stdout
+
+
+def test_a_run_is_told_when_it_was_started_and_what_it_must_not_see():
+    before = now()
+    code = f"import os; print(os.environ[{events.STARTED!r}], os.environ.get('GIVEN'), 'TAKEN' in os.environ)"
+    os.environ["TAKEN"] = "1"
+    try:
+        told, given, taken = run([PYTHON, "-c", code], 20, {"GIVEN": "yes", "TAKEN": None}).stdout.split()
+    finally:
+        del os.environ["TAKEN"]
+    clock, _, seconds = told.rpartition(":")
+    assert clock == events.clock_id() and before <= float(seconds) <= now()
+    assert (given, taken) == ("yes", "False")
 
 
 # ------------------------------------------------------------------------------------------------------- counting
@@ -191,6 +205,30 @@ def test_speedup_and_efficiency_against_both_baselines(session):
     assert two.parity.holds and summary.noisy([two]) == ["mpi, 2 ranks"] and summary.noisy([one]) == []
 
 
+def test_a_start_method_is_part_of_the_rows_name(session):
+    session.samples.append(sample("spawn", 2, "timed", 0, 5, 2, start_method="forkserver"))
+    plain, spawn = summary.summarise(session, [CASES[0], Case("spawn", 2, 1)], 1, 2, weak=False)
+    assert (plain.name, spawn.name) == ("plain", "spawn (forkserver)")
+    assert spawn.as_json()["start_method"] == "forkserver"
+
+
+def test_an_mpi_is_known_by_what_it_tells(tmp_path):
+    for told, name, version in (
+        ("HYDRA build details:\n    Version:   5.0.2", "MPICH", "5.0.2"),
+        ("mpirun (Open MPI) 4.1.4", "Open MPI", "4.1.4"),
+        ("prterun (PRTE) 3.0.1", "Open MPI", "3.0.1"),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.9 Build", "Intel MPI", "2021.9"),
+    ):
+        program = tmp_path / name / version
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\ncat <<END\n{told}\nEND\n")
+        program.chmod(0o755)
+        assert mpis._told(str(program)) == (name, version)
+    assert mpis.default().name in mpis.found()
+    with pytest.raises(UsageError, match="there is no Quadrics here: install it"):
+        mpis.named("Quadrics")
+
+
 def test_weak_scaling_counts_the_work(session):
     session.samples += [sample("plain", 1, "fp64 reference", 0, 5, 1, label="float64 reference for 2")]
     _, two = summary.summarise(session, CASES, 1, 2, weak=True)
@@ -251,6 +289,8 @@ def test_the_cases_are_what_a_user_types():
     )
     words, _ = cases.command(Case("torchrun", 2, 1), [])
     assert cases.shown(words) == "torchrun --standalone --nproc_per_node=2 launchers/torchrun.py --threads 1"
+    words, _ = cases.command(Case("spawn", 2, 1, "fork"), [])
+    assert cases.shown(words).endswith("launchers/spawn.py --world_size 2 --master_port 0 --start_method fork --threads 1")
     words, _ = cases.command(Case("mpi", 4, 1), [])
     assert words[1:3] == ["-np", "4"] and "launchers/mpi.py" in words
 

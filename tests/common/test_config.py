@@ -43,6 +43,7 @@ TAKEN_AND_REFUSED = {
     "timeout": ([("0.5", 0.5), ("600", 600.0)], ["0", "-1", "nan", "inf", "1e300", "soon", ""]),
     "log_every": ([("0", 0), ("10", 10)], ["-1", "x", "0.5", ""]),
     "log_all_ranks": ([], []),  # a switch: its own tests below
+    "inspect": ([], []),  # and another
     "plot": ([("a.png", "a.png"), ("b.SVG", "b.SVG"), ("c.pdf", "c.pdf")], ["a.gif", "a", "", " ", "missing/a.png"]),
     "save": ([("a.pt", "a.pt")], ["", "  ", "missing/a.pt", "."]),
     "result": ([("a.json", "a.json")], ["", "  ", "missing/a.json", ".."]),
@@ -93,7 +94,9 @@ def test_a_bad_variable_is_refused_by_its_own_name(name, text):
     assert f"{name.upper()} (environment or .env) {text}" in said and "allowed" in said
 
 
-@given(st.sampled_from(sorted(set(FIELDS) - {"plot", "save", "result", "events", "log_all_ranks"})), st.text(max_size=12))
+@given(
+    st.sampled_from(sorted(set(FIELDS) - {"plot", "save", "result", "events", "log_all_ranks", "inspect"})), st.text(max_size=12)
+)
 def test_any_text_is_taken_or_refused_in_one_line(name, text):
     try:
         parse(f"--{name}={text}", *NEEDS.get(name, []))
@@ -411,6 +414,13 @@ def test_output_paths(tmp_path, name, suffix):
     good.write_text("old")
     parse(f"--{name}", str(good))
     assert good.read_text() == "old"
+
+
+@pytest.mark.parametrize("file", [("--save", "a.pt"), ("--plot", "a.png")])
+def test_an_inspection_has_nothing_to_save_or_to_plot(file):
+    said = refusal(parse, "--inspect", *file)
+    assert said.startswith(" ".join(file)) and "nothing is trained" in said
+    assert parse("--inspect", "--result", "a.json", env={file[0][2:].upper(): file[1]}).inspect  # a default does no harm
 
 
 def test_a_name_that_is_too_long_is_refused():

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common import datasets, events, models, training
+from common import datasets, events, loop, models
 from common.config import TrainConfig
 from common.errors import UsageError, exit_status
 from common.files import write_json
@@ -20,7 +20,7 @@ from common.lean import spare_the_compiler
 
 
 def main() -> None:
-    """Makes the job's first step, as training.train does on one rank."""
+    """Makes the job's first step, as loop.run does on one rank."""
     phases = events.Phases(events.command_started([]))
     phases.mark("torch_imported")
     if len(sys.argv) != 4:
@@ -32,7 +32,7 @@ def main() -> None:
     device = torch.device("cpu")
     data, _ = datasets.load_datasets(config, device, dtype)
     model = models.build_model(config).to(device, dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=training.MOMENTUM)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=loop.MOMENTUM)
     phases.mark("model_built")
     x, y = datasets.fetch(data, torch.arange(config.global_batch(1)), device, dtype)
     loss, _ = models.loss_and_logits(model, models.takes_labels(model), x, y)

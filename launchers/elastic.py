@@ -23,6 +23,7 @@ from common.config import ELASTIC_FLAGS, TrainConfig, check_world, parse_config
 from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank
+from common.training import train
 from common.warm import default_start_method, start_server
 
 
@@ -48,8 +49,6 @@ def rank_from_elastic(environment: Mapping[str, str], method: str) -> Rank:
 def worker(config: TrainConfig, method: str) -> int:
     """What runs in each process. Bad input is a result, not a failure: starting again would not mend it."""
     rank = rank_from_elastic(os.environ, method)
-    from common.training import train
-
     status = exit_status(lambda: train(config, rank))
     return status if status in (0, 2) else sys.exit(status)
 

@@ -23,6 +23,7 @@ from common.config import MASTER_FLAGS, TrainConfig, parse_config
 from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank
+from common.training import train
 
 try:
     from mpi4py import MPI  # its import joins the MPI world (MPI_Init)
@@ -60,8 +61,6 @@ def main() -> None:
     comm = MPI.COMM_WORLD
     config = together(comm, lambda: parse_config("mpi.py", __doc__ or "", MASTER_FLAGS))
     rank, port = rank_from_mpi(comm, config)
-    from common.training import train
-
     with port or nullcontext():
         train(config, rank)
 

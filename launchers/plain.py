@@ -23,6 +23,7 @@ from common.config import RANK_FLAGS, TrainConfig, check_world, parse_config, ra
 from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank, on_this_machine, rank_number
+from common.training import train
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> Rank:
@@ -77,8 +78,6 @@ def main() -> int:
         raise UsageError(
             f"--world_size {config.world_size} with WORLD_SIZE={rank.world_size} in the environment: unset one of them"
         )
-    from common.training import train  # only a rank needs torch, which takes a second to import
-
     train(config, rank)
     return 0
 

@@ -24,6 +24,7 @@ from common.config import SPAWN_FLAGS, TrainConfig, check_world, parse_config, r
 from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank
+from common.training import train
 from common.warm import default_start_method, start_server
 
 
@@ -45,8 +46,6 @@ def rank_from_spawn(local_rank: int, per_node: int, world_size: int, config: Tra
 def worker(local_rank: int, per_node: int, world_size: int, config: TrainConfig, port: int, method: str) -> None:
     """What runs in each process."""
     rank = rank_from_spawn(local_rank, per_node, world_size, config, port, method)
-    from common.training import train
-
     sys.exit(exit_status(lambda: train(config, rank)))
 
 
@@ -67,7 +66,7 @@ def main() -> int:
         per_node, world_size = ranks_to_start(config, default_per_node=visible_gpus() or 4)
     check_world(config, world_size)
     if method == "fork":
-        import common.training  # noqa: F401  then its copies have it
+        import common.loop  # noqa: F401  then its copies have it
 
     several = config.nnodes > 1
     with PortReservation(None if several else config.master_port) as free_port:

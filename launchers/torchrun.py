@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.config import parse_config
 from common.errors import UsageError, exit_status
 from common.rank import Rank, rank_number
+from common.training import train
 
 
 def rank_from_torchrun(environment: Mapping[str, str]) -> Rank:
@@ -47,8 +48,6 @@ def main() -> None:
     """This process is one rank."""
     config = parse_config("torchrun.py", __doc__ or "")
     rank = rank_from_torchrun(os.environ)
-    from common.training import train
-
     train(config, rank)
 
 

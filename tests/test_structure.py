@@ -44,9 +44,9 @@ def users(package):
 
 
 def test_the_scan_sees_the_files():
-    assert {"common/training.py", "common/watch.py", "launchers/mpi.py", "benchmarks/__init__.py"} <= set(IMPORTS)
+    assert {"common/loop.py", "common/watch.py", "launchers/mpi.py", "benchmarks/__init__.py"} <= set(IMPORTS)
     assert len(LAUNCHERS) >= 4 and len(IMPORTS) >= 27
-    assert "torch" in IMPORTS["common/training.py"] and "common" in IMPORTS["launchers/plain.py"]
+    assert "torch" in IMPORTS["common/loop.py"] and "common" in IMPORTS["launchers/plain.py"]
     assert "dotenv" in IMPORTS["common/config.py"] and "matplotlib" in IMPORTS["common/plots.py"]  # imported within functions
     assert imported("def f():\n  import a.b as c\n  from d import e\n  __import__('g')\n  x.import_module('h')") == {
         "a.b", "d", "d.e", "g", "h"
@@ -102,7 +102,7 @@ def test_common_and_launchers_need_nothing_else():
     assert {(n, p) for n, ps in IMPORTS.items() if not n.startswith("benchmarks/") for p in ps - known} == set()
 
 
-@pytest.mark.parametrize("name", ["watch", "ports", "children", "config", "rank", "errors", "files", "events"])
+@pytest.mark.parametrize("name", ["watch", "ports", "children", "config", "rank", "errors", "files", "events", "training", "warm"])
 def test_what_a_parent_needs_comes_without_torch(name):
     """A launcher's parent, and the watcher, start quickly: they import no torch, not even through others."""
     seen, waiting = set(), [f"common/{name}.py"]

@@ -1,0 +1,227 @@
+"""The loop: one job, whoever launched it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import checkpoint, datasets, models, now
+from common.config import JOBS, TrainConfig, check_world
+from common.console import Console
+from common.device import choose_device, peak_memory_bytes, shared_out_memory_bytes, wait_for
+from common.events import Phases
+from common.files import write_json
+from common.gradients import Gradients, average_over
+from common.lean import spare_the_compiler
+from common.process_group import Group, announce, process_group
+from common.rank import Rank
+from common.sampling import Distributed, Exact, make_sampler
+
+EVAL_BATCH = 512  # samples a forward pass without gradients
+MOMENTUM = 0.9
+
+
+def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
+    """Trains the job of ``config`` as ``rank`` and notes when each phase ended.
+
+    Raises:
+        UsageError: the configuration does not fit this machine or these ranks.
+        RunError: a rank did not arrive.
+    """
+    check_world(config, rank.world_size)
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
+    device = choose_device(config, rank)
+    console = Console(config, rank)
+    arrival = announce(rank, config, phases.origin if phases.known else None)
+    # While the others come: what needs none of them.
+    shipped = torch.get_num_threads()
+    torch.set_num_threads(config.threads or 1)
+    spare_the_compiler()
+    train_data, eval_data = datasets.load_datasets(config, device, dtype)
+    check_world(config, rank.world_size, len(train_data))
+    model = models.build_model(config).to(device, dtype)
+    job = JOBS[config.job]
+    if (config.model, config.dataset) != (job.model, job.dataset):
+        first = torch.arange(min(2, len(train_data)))
+        models.check_fit(config, model, *datasets.fetch(train_data, first, device, dtype))
+    with process_group(arrival, device) as group:
+        threads = group.threads(config, shipped)
+        torch.set_num_threads(threads)
+        phases.joined(group.clock.offset_seconds, group.clock.round_trip_seconds, group.arrivals[0]["command_started"], threads)
+        console.joined(group, threads)
+        console.model(model)
+        training = _Run(config, group, console, phases, model, train_data, eval_data, device, dtype)
+        training.epochs()
+        training.report(threads, shipped)
+    phases.mark("group_left")
+
+
+@dataclass
+class _Run:
+    """The state of one rank's training."""
+
+    config: TrainConfig
+    group: Group
+    console: Console
+    phases: Phases
+    model: nn.Module
+    train_data: datasets.Dataset
+    eval_data: datasets.Dataset
+    device: torch.device
+    dtype: torch.dtype
+    loss_per_step: list[float] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    eval_loss: list[float] = field(default_factory=list)
+    eval_accuracy: list[float | None] = field(default_factory=list)
+    step_seconds: float = 0.0  # in training steps after the first
+    eval_seconds: float = 0.0
+    samples_after_first_step: int = 0
+    epoch_end_seconds: list[float] = field(default_factory=list)  # of each epoch, from the end of the first step
+
+    def epochs(self) -> None:
+        """Trains and evaluates, epoch by epoch."""
+        rank = self.group.rank
+        sampler = make_sampler(self.config, len(self.train_data), rank)
+        with_labels = models.takes_labels(self.model)
+        gradients = average_over(self.group, self.model)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=self.config.learning_rate, momentum=MOMENTUM)
+        self.phases.mark("model_built")
+        for epoch in range(self.config.epochs):
+            sums = self._train_epoch(epoch, sampler, gradients, optimizer, with_labels)
+            wait_for(self.device)
+            trained = now()
+            seen = self._evaluate(with_labels)
+            # One reduction an epoch: sums over samples, divided once by the number of samples.
+            totals = self.group.sum(torch.cat([sums.double().cpu(), seen]))
+            self.eval_seconds += now() - trained
+            self.epoch_end_seconds.append(self.phases.now() - self.phases.marks["first_step_done"])
+            self._note_epoch(epoch, sampler, totals)
+        self.phases.mark("training_done")
+        self.samples_after_first_step = sampler.samples_per_epoch * self.config.epochs - int(sampler.batch_samples()[0])
+
+    def _train_epoch(
+        self, epoch: int, sampler: Exact | Distributed, gradients: Gradients, optimizer: torch.optim.Optimizer, with_labels: bool
+    ) -> Tensor:
+        """One pass over this rank's share; returns its summed loss per step, shape (steps,), on the device."""
+        sums = torch.zeros(sampler.steps, device=self.device, dtype=self.dtype)
+        log_every = self.config.log_every
+        self.model.train()
+        began = now()
+        for step, shares in enumerate(sampler.epoch(epoch)):
+            optimizer.zero_grad(set_to_none=True)
+            for number, share in enumerate(shares, 1):
+                with gradients.no_sync() if number < len(shares) else nullcontext():
+                    x, y = datasets.fetch(self.train_data, share.indices, self.device, self.dtype)
+                    loss, _ = models.loss_and_logits(gradients.model, with_labels, x, y)
+                    (loss * share.weight).backward()
+                sums[step] += loss.detach() * share.samples
+            gradients.finish()
+            optimizer.step()
+            if epoch == step == 0:
+                wait_for(self.device)
+                self.phases.mark("first_step_done")
+                began = now()
+            if log_every and (step + 1) % log_every == 0 and self.console.speaks:
+                own = sum(share.samples for share in shares)
+                self.console.step(epoch + 1, step + 1, sampler.steps, float(sums[step]) / own if own else float("nan"))
+        wait_for(self.device)
+        self.step_seconds += now() - began
+        return sums
+
+    def _evaluate(self, with_labels: bool) -> Tensor:
+        """This rank's part of the evaluation data: float64 (summed loss, correct, samples, samples with a class)."""
+        mine = datasets.eval_share(len(self.eval_data), self.group.rank.world_size, self.group.rank.rank)
+        totals = torch.zeros(4, dtype=torch.float64)
+        self.model.eval()
+        with torch.no_grad():
+            for indices in torch.arange(mine.start, mine.stop).split(EVAL_BATCH):
+                if not len(indices):
+                    continue
+                x, y = datasets.fetch(self.eval_data, indices, self.device, self.dtype)
+                loss, logits = models.loss_and_logits(self.model, with_labels, x, y)
+                totals[0] += loss.double().cpu() * len(indices)
+                totals[2] += len(indices)
+                if logits.ndim == 2 and y.ndim == 1 and not y.is_floating_point():
+                    totals[1] += (logits.argmax(1) == y).sum().cpu()
+                    totals[3] += len(indices)
+        return totals
+
+    def _note_epoch(self, epoch: int, sampler: Exact | Distributed, totals: Tensor) -> None:
+        steps, (loss, correct, samples, classed) = totals[:-4], totals[-4:].tolist()
+        sizes = sampler.batch_samples()
+        self.loss_per_step += (steps / sizes).tolist()
+        self.train_loss.append(float(steps.sum() / sizes.sum()))
+        self.eval_loss.append(loss / samples)
+        self.eval_accuracy.append(correct / classed if classed else None)
+        self.console.epoch(epoch + 1, self.train_loss[-1], self.eval_loss[-1], self.eval_accuracy[-1])
+
+    def report(self, threads: int, shipped: int) -> None:
+        """Gathers what every rank measured; rank 0 tells and writes it."""
+        marks = self.phases.marks
+        memory_now = shared_out_memory_bytes()  # here, while every rank still has all of its own
+        own = [*marks.values(), self.step_seconds, self.eval_seconds, float(memory_now or 0), float(peak_memory_bytes() or 0)]
+        everyone = self.group.gather(torch.tensor(own, dtype=torch.float64))
+        slowest = dict(zip(marks, everyone.max(0).values.tolist(), strict=False))
+        train_seconds = slowest["training_done"] - slowest["first_step_done"]
+        step_seconds, eval_seconds = everyone[:, -4].max().item(), everyone[:, -3].max().item()
+        rate = self.samples_after_first_step / step_seconds if self.samples_after_first_step and step_seconds else None
+        launch_seconds = slowest["first_step_done"] if self.phases.known else None
+        self.console.summary(train_seconds, rate, launch_seconds)
+        if self.group.rank.rank:
+            return
+        config, rank = self.config, self.group.rank
+        if config.plot:
+            from common.plots import training_curves
+
+            title = f"{config.job} on {rank.world_size} rank{'s' * (rank.world_size > 1)} ({rank.launcher})"
+            training_curves(config.plot, self.train_loss, self.eval_loss, self.eval_accuracy, title)
+        if config.save:
+            checkpoint.save(config.save, self.model, config)
+        if config.result:
+            pss, memory = ([int(m) for m in everyone[:, column].tolist()] for column in (-2, -1))
+            result: dict[str, Any] = {
+                "launcher": rank.launcher,
+                "start_method": rank.start_method,
+                "restart": rank.restart,
+                "world_size": rank.world_size,
+                "threads_per_rank": threads,
+                "threads_as_shipped": shipped,
+                "device": self.device.type,
+                "backend": self.group.backend,
+                "job": config.job,
+                "model": config.model,
+                "dataset": config.dataset,
+                "precision": config.precision,
+                "sampler": config.sampler,
+                "global_batch_size": config.global_batch(rank.world_size),
+                "learning_rate": config.learning_rate,
+                "epochs": config.epochs,
+                "seed": config.seed,
+                "hosts": [a["host"] for a in self.group.arrivals],
+                "cores_per_rank": [a["cores"] for a in self.group.arrivals],
+                "parameters": models.count_parameters(self.model),
+                "parameter_sha256": checkpoint.sha256(self.model),
+                "batch_dependent_layers": models.batch_dependent(self.model),
+                "loss_per_step": self.loss_per_step,
+                "train_loss_per_epoch": self.train_loss,
+                "eval_loss_per_epoch": self.eval_loss,
+                "eval_accuracy": self.eval_accuracy,
+                "train_seconds": train_seconds,
+                "step_seconds": step_seconds,
+                "eval_seconds": eval_seconds,
+                "epoch_end_seconds": self.epoch_end_seconds,
+                "samples_per_second": rate,
+                "launch_seconds": launch_seconds,
+                "phases": slowest,
+                "peak_memory_bytes": max(memory) or None,
+                "peak_memory_bytes_per_rank": memory,
+                "pss_bytes_per_rank": pss if any(pss) else None,
+                "torch_version": torch.__version__,
+                "pid": os.getpid(),
+            }
+            write_json(config.result, result)

@@ -12,6 +12,7 @@ from torch import nn
 
 from common.config import TrainConfig
 from common.files import write_whole
+from common.values import Nodes
 
 
 def save(path: str | Path, model: nn.Module, config: TrainConfig) -> None:
@@ -20,7 +21,8 @@ def save(path: str | Path, model: nn.Module, config: TrainConfig) -> None:
     ``model`` is the bare one, not DDP's wrapper: no ``module.`` in its names.
     """
     state: dict[str, Any] = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    content = {"model": state, "config": dataclasses.asdict(config)}
+    plain = {name: int(value) if type(value) is Nodes else value for name, value in dataclasses.asdict(config).items()}
+    content = {"model": state, "config": plain}
     write_whole(path, lambda stream: torch.save(content, stream))
 
 

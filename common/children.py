@@ -1,15 +1,59 @@
-"""Waiting for ordinary child processes that make up one run."""
+"""Waiting for the child processes that make up one run."""
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Protocol
 
 from common.errors import complain
 
 PATIENCE_S = 3.5  # the ranks' own watcher needs at most 3 s from the first failure
+
+
+class Child(Protocol):
+    """What ``subprocess.Popen`` offers, as far as it is needed here."""
+
+    def poll(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        ...
+
+    def send_signal(self, sig: int) -> None:
+        """Sends a signal."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for its end; subprocess.TimeoutExpired."""
+        ...
+
+
+class Process:
+    """A process of multiprocessing's as a ``Child``. It may be the fork server's child rather than this process's own."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        """``process`` has been started."""
+        self.process = process
+
+    def poll(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        return self.process.exitcode
+
+    def send_signal(self, sig: int) -> None:
+        """Sends a signal."""
+        if self.process.pid and self.poll() is None:
+            os.kill(self.process.pid, sig)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for its end; subprocess.TimeoutExpired."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.process.name, timeout or 0.0)
+        return self.process.exitcode
 
 
 def in_words(status: int) -> str:
@@ -39,26 +83,32 @@ def to_blame(ended: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return next((each for each in failed if each[1] != -signal.SIGTERM), failed[0])
 
 
-def wait_for_all(children: Mapping[int, subprocess.Popen[bytes]], name: str) -> int:
+def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[int] = ()) -> int:
     """Waits until all children have ended, ends the rest soon after the first failure, and tells of it.
 
     Args:
         children: by rank.
         name: the launcher, for its message.
+        sentinels: file descriptors that become readable when a child ends, if there are any: it is noticed at once then.
 
     Returns:
         The run's exit status (see ``overall``).
     """
     ended: dict[int, int] = {}
     deadline = float("inf")
+    running = list(sentinels)
     try:
         while len(ended) < len(children):
-            ended |= {rank: c.returncode for rank, c in children.items() if rank not in ended and c.poll() is not None}
+            ended |= {rank: status for rank, c in children.items() if rank not in ended and (status := c.poll()) is not None}
             if any(ended.values()):
                 deadline = min(deadline, time.monotonic() + PATIENCE_S)
             if time.monotonic() > deadline:
                 end(children)
-            time.sleep(0.02)
+            elif len(ended) < len(children):
+                if running:
+                    running = [s for s in running if s not in select.select(running, [], [], 0.2)[0]]
+                else:
+                    time.sleep(0.01)
     except KeyboardInterrupt:
         end(children, signal.SIGINT)
         return 130
@@ -69,7 +119,7 @@ def wait_for_all(children: Mapping[int, subprocess.Popen[bytes]], name: str) -> 
     return status
 
 
-def end(children: Mapping[int, subprocess.Popen[bytes]], number: int = signal.SIGTERM) -> None:
+def end(children: Mapping[int, Child], number: int = signal.SIGTERM) -> None:
     """Sends a signal to all children that run, and SIGKILL to those that have not left a second later."""
     for child in children.values():
         if child.poll() is None:
@@ -79,5 +129,5 @@ def end(children: Mapping[int, subprocess.Popen[bytes]], number: int = signal.SI
         try:
             child.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            child.kill()
+            child.send_signal(signal.SIGKILL)
             child.wait()

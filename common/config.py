@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import UsageError
-from common.values import any_text, one_of, part, positive, seconds, switch, threads, whole
+from common.values import Nodes, any_text, nodes, one_of, part, positive, seconds, switch, threads, whole
 
 DIGITS_TRAIN_SIZE = 1437  # 80 % of 1,797; a test holds it against the file
 
@@ -126,8 +126,17 @@ class TrainConfig:
 
     world_size: int = flag(RANKS, whole(1), "ranks in all, over all nodes")
     nproc_per_node: int = flag(RANKS, whole(1), "ranks on this node (default: the visible GPUs, else 4 for spawn, 1 for plain)")
-    nnodes: int = flag(RANKS, whole(1), "nodes", 1)
+    nnodes: Nodes = flag(RANKS, nodes, "nodes; elastic takes MIN:MAX too: it goes on with as many as there are", Nodes(1))
     node_rank: int = flag(RANKS, whole(0), "this node's index, 0 to nnodes - 1", 0)
+    max_restarts: int = flag(RANKS, whole(0), "how often the ranks are started again after one has failed", 3)
+    start_method: str | None = flag(
+        RANKS,
+        one_of("forkserver", "spawn", "fork"),
+        "multiprocessing's: forkserver (ranks are forked from a server that has imported torch; default on Linux), "
+        "spawn (a fresh Python each), fork (copies of the parent)",
+        None,
+        "NAME",
+    )
     master_addr: str = flag(RANKS, any_text, "address of node 0 (default: 127.0.0.1 on one node)", None, "HOST")
     master_port: int = flag(RANKS, whole(0, 65535), "port of rank 0 (default: 0, a free one, on one node; 29500 on several)")
 
@@ -144,7 +153,12 @@ class TrainConfig:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-RANK_FLAGS = tuple(name for name, f in FIELDS.items() if f.metadata["group"] == RANKS)
+RANK_FLAGS = tuple(
+    name for name, f in FIELDS.items() if f.metadata["group"] == RANKS and name not in ("start_method", "max_restarts")
+)
+SPAWN_FLAGS = (*RANK_FLAGS, "start_method")
+ELASTIC_FLAGS = ("nproc_per_node", "nnodes", "max_restarts", "start_method", "master_addr", "master_port")
+START_FLAGS = {*SPAWN_FLAGS, *ELASTIC_FLAGS}
 MASTER_FLAGS = ("master_addr", "master_port")
 OUTPUT_FILES = ("result", "plot", "save")  # checked before anything is started
 OUTPUTS = (*OUTPUT_FILES, "events")
@@ -262,19 +276,19 @@ def parse_config(
             values[field_name] = spec.metadata["convert"](text)
         except ValueError as allowed:
             raise UsageError(f"{where} {text}: not allowed; give {allowed}") from None
-    return _resolve(values, given)
+    return _resolve(values, given, elastic="max_restarts" in extra)
 
 
 def _unknown(word: str, extra: Sequence[str]) -> str:
     flags = [f"--{n}" for n, f in FIELDS.items() if f.metadata["group"] != RANKS or n in extra] + ["--lr"]
     name = word.partition("=")[0]
-    if name.removeprefix("--") in RANK_FLAGS:
-        return f"{name} does not belong to this launcher, which is told its ranks by another program; leave it out (see --help)"
+    if name.removeprefix("--") in START_FLAGS:
+        return f"{name} is not this launcher's to take (it belongs to another, or to the program that starts this one); see --help"
     near = difflib.get_close_matches(name, flags, n=1)
     return f"{word}: no such flag; " + (f"did you mean {near[0]}?" if near else "see --help")
 
 
-def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> TrainConfig:
+def _resolve(values: dict[str, Any], given: Mapping[str, str], elastic: bool) -> TrainConfig:
     """Fills in what was not given, and refuses what does not go together."""
     job = JOBS[values.get("job", "digits")]
     if "batch_size" in values and "global_batch_size" in values:
@@ -295,6 +309,8 @@ def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> TrainConfig:
             raise UsageError(f"{given[name]}: {values['model']} on {values['dataset']} does not use it; it belongs to --job {jobs}")
     values.setdefault("data_size", job.data_size or JOBS.get(values["dataset"], JOBS["random"]).data_size)
     config = TrainConfig(**values)
+    if config.nnodes.least < config.nnodes and not elastic:
+        raise UsageError(f"--nnodes {config.nnodes.least}:{config.nnodes}: only elastic.py takes a range; give one number of nodes")
     for name in OUTPUT_FILES:
         if config.inspect and name != "result" and name in given:
             raise UsageError(

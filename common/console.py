@@ -48,9 +48,10 @@ class Console:
             c = self.config
             batch = c.global_batch(r.world_size)
             per_rank = batch / (r.world_size * c.accumulate)
+            again = f", restart {r.restart}" if r.restart else ""
             nodes = len({a["node_rank"] for a in group.arrivals})
             self.line(
-                f"Launcher {r.title}: {r.world_size} rank{'s' * (r.world_size > 1)} on {nodes} node{'s' * (nodes > 1)}, "
+                f"Launcher {r.title}{again}: {r.world_size} rank{'s' * (r.world_size > 1)} on {nodes} node{'s' * (nodes > 1)}, "
                 f"{group.device.type}, {group.backend or 'no process group'}, {threads} thread{'s' * (threads > 1)} per rank\n"
                 f"Job {c.job}: model {c.model}, data {c.dataset}, {c.epochs} epoch{'s' * (c.epochs > 1)}, "
                 f"learning rate {c.learning_rate:g}, {c.precision}, seed {c.seed}, sampler {c.sampler}\n"

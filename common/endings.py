@@ -52,8 +52,8 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
     host = socket.gethostname()
     if (rank.world_size > 1 or events) and watch.supported:
         name = f"{rank.master_addr}:{rank.master_port}/{rank.store_prefix}/{rank.node_rank}" if rank.forms_group else str(events)
-        parent = rank.launchers[0] if rank.launchers else None
-        reporter = watch.Reporter(name, {"rank": rank.rank, "host": host, "parent": parent, "events": events and str(events)})
+        about = {"rank": rank.rank, "host": host, "parents": rank.launchers, "events": events and str(events)}
+        reporter = watch.Reporter(name, about)
     try:
         yield
     except BaseException as error:

@@ -180,7 +180,7 @@ def by_rank(values: Mapping[int, str | None]) -> str:
     for rank, value in values.items():
         where.setdefault(value, []).append(rank)
     lines = [
-        f"{'not set' if value is None else shortened(value)}  on rank{'s' * (len(ranks) > 1)} {compact(ranks)}"
+        f"rank{'s' * (len(ranks) > 1)} {compact(ranks)}: {'not set' if value is None else shortened(value)}"
         for value, ranks in list(where.items())[:VALUES_SHOWN]
     ]
     more = len(where) - VALUES_SHOWN

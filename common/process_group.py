@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 
 from common import now
-from common.config import OUTPUTS, RANK_FLAGS, TrainConfig
+from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, share_of_cores, usable_cores
 from common.errors import RunError, UsageError
 from common.events import clock_id
+from common.names import names_from_files
 from common.ports import port_taken
-from common.rank import Rank
+from common.rank import Rank, on_this_machine
 from common.values import AS_SHIPPED
 
 # What may differ between nodes: files, and how each node was started.
-_PER_NODE = (*OUTPUTS, *RANK_FLAGS, "log_every", "log_all_ranks", "threads")
-_PAUSE_S = (0.001, 0.01)  # between two looks into the store: from, to. Its own wait() warns of each time-out, on stderr
+_PER_NODE = (*OUTPUTS, *START_FLAGS, "log_every", "log_all_ranks", "threads")
 _CLOCK_TURNS = 12  # questions to rank 0's clock; the first only opens the way
 
 
@@ -54,6 +54,7 @@ class Meeting:
     def tell(self, what: str, value: Any) -> None:
         """Writes this rank's ``value`` (fit for JSON) under ``what``; read by the others with ``hear``."""
         self.store.set(f"{what}/{self.rank.rank}", json.dumps(value))
+        self.store.set(f"{what}/told/{self.store.add(f'{what}/told', 1)}", "")
 
     def hear(self, what: str, absent: str, hint: str = "", until: float | None = None) -> list[Any]:
         """What every rank has told under ``what``, in rank order, once all have.
@@ -69,16 +70,15 @@ class Meeting:
         """
         until = time.monotonic() + self.patience if until is None else until
         keys = [f"{what}/{r}" for r in range(self.rank.world_size)]
-        pause, longest = _PAUSE_S
-        while not self.store.check(keys):
+        last = f"{what}/told/{len(keys)}"  # asked for often, so one key only; the store's own wait() is deaf to Ctrl-C
+        while not (self.store.check([last]) and self.store.check(keys)):
             if time.monotonic() > until:
                 missing = [str(r) for r, key in enumerate(keys) if not self.store.check([key])]
                 raise RunError(
                     f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {len(keys)} {absent} "
                     f"within {self.patience:g} s (--timeout){hint}"
                 )
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
+            time.sleep(0.0005 * (1 + len(keys)))  # as many questions a second, however many ask
         return [json.loads(value) for value in self.store.multi_get(keys)]
 
 
@@ -174,13 +174,14 @@ def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
     if not serve:
         _wait_for_listener(rank, until, patience)
     try:
-        store: dist.Store = dist.TCPStore(
-            rank.master_addr or "",
-            rank.master_port,
-            is_master=serve,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=patience),
-        )
+        with names_from_files() if on_this_machine(rank.master_addr) else nullcontext():
+            store: dist.Store = dist.TCPStore(
+                rank.master_addr or "",
+                rank.master_port,
+                is_master=serve,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=patience),
+            )
     except dist.DistNetworkError as error:
         if serve and "EADDRINUSE" in str(error):
             raise port_taken(rank.master_port, "address already in use") from None

@@ -24,6 +24,34 @@ def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     return convert
 
 
+class Nodes(int):
+    """The most nodes that a run takes; ``least`` is the fewest with which it goes on."""
+
+    least: int
+
+    def __new__(cls, most: int, least: int | None = None) -> Nodes:
+        """``least`` is ``most`` unless it is given."""
+        made = super().__new__(cls, most)
+        made.least = most if least is None else least
+        return made
+
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
+        """For pickle."""
+        return int(self), self.least
+
+
+def nodes(text: str) -> Nodes:
+    """A number of nodes, or MIN:MAX."""
+    least, colon, most = text.partition(":")
+    try:
+        bounds = [whole(1)(least), whole(1)(most if colon else least)]
+    except ValueError:
+        bounds = [1, 0]
+    if bounds[0] > bounds[1]:
+        raise ValueError("a whole number, 1 or more, or two as MIN:MAX")
+    return Nodes(bounds[1], bounds[0])
+
+
 AS_SHIPPED = 0  # threads: as many as the launcher left
 
 

@@ -48,7 +48,7 @@ class Reporter:
 
         Args:
             key: names the run on this node; the same in all its ranks, and in no other run at the time.
-            about: rank, host, local_world_size, and optionally parent: a launcher's pid whose end ends the ranks.
+            about: rank, host, local_world_size, and optionally parents: launchers' pids whose end ends the ranks.
         """
         import hashlib  # here only: the watcher itself is to be up quickly
 
@@ -180,7 +180,7 @@ class _Watcher:
         self.told = False
         self.steps = [(SETTLE_S + TERM_S, signal.SIGTERM, False), (KILL_S, signal.SIGKILL, False), (LEAVE_S, signal.SIGKILL, True)]
         self.waiting: list[_Member] = []
-        self.parent: int | None = None
+        self.parents: set[int] = set()
         self.orphaned = False
 
     def run(self) -> None:
@@ -245,10 +245,10 @@ class _Watcher:
         event = message["event"]
         if event == "here":
             member.about = message
-            if message.get("parent") and self.parent is None:
-                self.parent = int(message["parent"])
+            for parent in set(message.get("parents", [])) - self.parents:
+                self.parents.add(parent)
                 try:
-                    self.selector.register(os.pidfd_open(self.parent), selectors.EVENT_READ, ("parent", None))
+                    self.selector.register(os.pidfd_open(parent), selectors.EVENT_READ, ("parent", None))
                 except ProcessLookupError:
                     self.orphaned = True
         elif event == "done":

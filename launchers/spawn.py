@@ -1,28 +1,33 @@
-"""torch.multiprocessing: one parent starts a Python process per rank and waits for all of them.
+"""multiprocessing: one parent starts a Python process per rank and waits for all of them.
 
 python launchers/spawn.py --world_size 2
+python launchers/spawn.py --world_size 2 --start_method spawn
 python launchers/spawn.py --nnodes 2 --node_rank 0 --nproc_per_node 2 --master_addr HOST    (node_rank 1 on the other)
 
-python spawn.py --world_size 2
-  |-- python -c "from multiprocessing.spawn ..."    local rank 0: the function's first argument --.
-  `-- python -c "from multiprocessing.spawn ..."    local rank 1: the function's first argument --+-- one process group
+python spawn.py --world_size 2                            with --start_method spawn:  python spawn.py
+  `-- the fork server, which imports torch once                                         |-- python, imports torch
+        |-- a fork of it    local rank 0: the function's first argument --.             `-- python, imports torch
+        `-- a fork of it    local rank 1: the function's first argument --+-- one process group
 No variables are set: the parent hands everything over as arguments, pickled.
+torch.multiprocessing.spawn does what main() does, once the parent has imported torch too, for which the ranks would wait.
 """
 
+import multiprocessing
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.children import in_words, overall, to_blame
-from common.config import RANK_FLAGS, TrainConfig, check_world, parse_config, ranks_to_start, settings
-from common.errors import UsageError, complain, exit_status
+from common.children import Process, wait_for_all
+from common.config import SPAWN_FLAGS, TrainConfig, check_world, parse_config, ranks_to_start, settings
+from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank
+from common.warm import default_start_method, start_server
 
 
-def rank_from_spawn(local_rank: int, per_node: int, world_size: int, config: TrainConfig, port: int) -> Rank:
+def rank_from_spawn(local_rank: int, per_node: int, world_size: int, config: TrainConfig, port: int, method: str) -> Rank:
     """The rank that local rank ``local_rank`` of this node is."""
     return Rank(
         "spawn",
@@ -33,12 +38,13 @@ def rank_from_spawn(local_rank: int, per_node: int, world_size: int, config: Tra
         node_rank=config.node_rank,
         master_addr=config.master_addr or "127.0.0.1",
         master_port=port,
+        start_method=method,
     )
 
 
-def worker(local_rank: int, per_node: int, world_size: int, config: TrainConfig, port: int) -> None:
+def worker(local_rank: int, per_node: int, world_size: int, config: TrainConfig, port: int, method: str) -> None:
     """What runs in each process."""
-    rank = rank_from_spawn(local_rank, per_node, world_size, config, port)
+    rank = rank_from_spawn(local_rank, per_node, world_size, config, port, method)
     from common.training import train
 
     sys.exit(exit_status(lambda: train(config, rank)))
@@ -47,9 +53,12 @@ def worker(local_rank: int, per_node: int, world_size: int, config: TrainConfig,
 def main() -> int:
     """Starts this node's ranks and waits for them."""
     environment = settings()
-    config = parse_config("spawn.py", __doc__ or "", RANK_FLAGS, environment=environment)
+    config = parse_config("spawn.py", __doc__ or "", SPAWN_FLAGS, environment=environment)
     if nested := [f"{name}={environment[name]}" for name in ("RANK", "WORLD_SIZE") if environment.get(name)]:
         raise UsageError(f"{' '.join(nested)} in the environment: spawn.py numbers its ranks itself; unset it, or use plain.py")
+    method = config.start_method or default_start_method()
+    if method == "forkserver":
+        start_server()  # it imports while this process goes on
     if config.world_size and config.nnodes == 1:
         per_node, world_size = ranks_to_start(config, default_per_node=config.world_size)
     else:
@@ -57,30 +66,19 @@ def main() -> int:
 
         per_node, world_size = ranks_to_start(config, default_per_node=visible_gpus() or 4)
     check_world(config, world_size)
-
-    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+    if method == "fork":
+        import common.training  # noqa: F401  then its copies have it
 
     several = config.nnodes > 1
     with PortReservation(None if several else config.master_port) as free_port:
         port = (config.master_port or 29500) if several else free_port
-        context = start_processes(worker, (per_node, world_size, config, port), per_node, join=False, start_method="spawn")
-        try:
-            while not context.join(grace_period=2.4):  # torch's own: 0 s to SIGTERM, then 30 s to SIGKILL
-                pass
-        except (ProcessExitedException, ProcessRaisedException) as failed:
-            codes = {rank: process.exitcode or 0 for rank, process in enumerate(context.processes)}
-            first = {failed.error_index: codes[failed.error_index]}
-            if (status := overall(list(codes.values()))) == 1:
-                rank, code = to_blame(list((first | codes).items()))
-                complain(f"spawn.py: rank {config.node_rank * per_node + rank} ended first, with {in_words(code)}.")
-            return status
-        except KeyboardInterrupt:
-            until = time.monotonic() + 2  # Ctrl-C has reached the ranks too
-            for process in context.processes:
-                process.join(max(0.0, until - time.monotonic()))
-                process.terminate()
-            return 130
-    return 0
+        context: Any = multiprocessing.get_context(method)
+        job = (per_node, world_size, config, port, method)
+        processes = [context.Process(target=worker, args=(local_rank, *job)) for local_rank in range(per_node)]
+        for process in processes:
+            process.start()
+        children = {config.node_rank * per_node + n: Process(process) for n, process in enumerate(processes)}
+        return wait_for_all(children, "spawn.py", [process.sentinel for process in processes])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import pickle
 import re
 
 import pytest
@@ -10,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import config as c
-from common.config import FIELDS, RANK_FLAGS, check_world, parse_config, ranks_to_start
+from common.config import ELASTIC_FLAGS, FIELDS, RANK_FLAGS, SPAWN_FLAGS, check_world, parse_config, ranks_to_start
 from common.errors import UsageError
 from tests.common.helpers import ROOT, refusal
 
 
-def parse(*argv, env=None, extra=RANK_FLAGS):
+def parse(*argv, env=None, extra=(*SPAWN_FLAGS, "max_restarts")):
     return parse_config("test.py", "", extra, argv, {} if env is None else env)
 
 
@@ -49,7 +50,9 @@ TAKEN_AND_REFUSED = {
     "events": ([("traces", "traces")], ["", "  ", __file__]),
     "world_size": ([("4", 4)], WHOLE),
     "nproc_per_node": ([("4", 4)], WHOLE),
-    "nnodes": ([("2", 2)], WHOLE),
+    "nnodes": ([("2", 2)], [*WHOLE, "2:1", "1:", ":2", "1:x", "0:2"]),
+    "max_restarts": ([("0", 0), ("5", 5)], ["-1", "x", "0.5", ""]),
+    "start_method": ([("spawn", "spawn"), ("forkserver", "forkserver"), ("fork", "fork")], ["forkserv", "thread", ""]),
     "node_rank": ([("0", 0), ("3", 3)], ["-1", "x", "0.5"]),
     "master_addr": ([("node-1.example", "node-1.example")], ["", "   "]),
     "master_port": ([("0", 0), ("65535", 65535)], ["-1", "65536", "http", ""]),
@@ -161,7 +164,14 @@ def test_an_unknown_flag_is_refused_with_the_nearest_one(word, said):
 @pytest.mark.parametrize("name", RANK_FLAGS)
 def test_a_launcher_that_is_told_its_ranks_refuses_flags_about_them(name):
     said = refusal(parse, f"--{name}=1", extra=())
-    assert said.startswith(f"--{name}") and "does not belong to this launcher" in said
+    assert said.startswith(f"--{name}") and "is not this launcher's to take" in said
+
+
+def test_a_range_of_nodes_is_for_elastic():
+    taken = parse("--nnodes", "1:3", extra=ELASTIC_FLAGS).nnodes
+    assert (taken, taken.least) == (3, 1) and pickle.loads(pickle.dumps(taken)).least == 1
+    assert parse("--nnodes", "2", extra=ELASTIC_FLAGS).nnodes.least == 2
+    assert "only elastic.py takes a range" in refusal(parse, "--nnodes", "1:3", extra=SPAWN_FLAGS)
 
 
 def test_abbreviations_are_not_guessed():
@@ -454,7 +464,7 @@ def help_text(capsys, extra):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("extra", [(), c.MASTER_FLAGS, RANK_FLAGS])
+@pytest.mark.parametrize("extra", [(), c.MASTER_FLAGS, RANK_FLAGS, SPAWN_FLAGS, ELASTIC_FLAGS])
 def test_help_is_grouped_with_the_common_flags_first_and_lists_every_flag(capsys, extra):
     text = help_text(capsys, extra)
     groups = [c.COMMON, c.PARTS, c.MACHINE, c.OUTPUT] + ([c.RANKS] if extra else [])
@@ -471,7 +481,7 @@ def test_help_is_grouped_with_the_common_flags_first_and_lists_every_flag(capsys
 
 
 def test_every_flag_says_what_it_is_and_its_default(capsys):
-    text = " ".join(help_text(capsys, RANK_FLAGS).split())
+    text = " ".join(help_text(capsys, (*SPAWN_FLAGS, "max_restarts")).split())
     for name, field in FIELDS.items():
         assert field.metadata["help"].split("(")[0].strip()[:40] in text, name
         if field.default not in (None, False):

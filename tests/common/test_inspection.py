@@ -113,8 +113,8 @@ def ranks(*values):
 def test_a_variable_on_all_ranks():
     assert ranks("x", "x", "x") == "x" and ranks("0") == "0" and ranks("") == ""
     assert ranks("0", "1", "2") == "0…2, each rank its own"
-    assert ranks("0", "1", "0", "1") == "0  on ranks 0,2\n1  on ranks 1,3"
-    assert ranks("a", None, "a") == "a  on ranks 0,2\nnot set  on rank 1"
+    assert ranks("0", "1", "0", "1") == "ranks 0,2: 0\nranks 1,3: 1"
+    assert ranks("a", None, "a") == "ranks 0,2: a\nrank 1: not set"
     many = ranks(*(f"pid {n}" for n in range(20))).splitlines()
     assert len(many) == 9 and many[-1] == "and 12 more (all of them with --result)"
 
@@ -154,7 +154,7 @@ def test_the_launchers_variables_on_the_screen():
     unknown = [facts(rank, variables=None, variables_unknown="no /proc") for rank in (0, 1)]
     assert variables(unknown) == "Variables that the launcher set: unknown on ranks 0-1 (no /proc)"
     mixed = variables([unknown[0], *(facts(r, variables={"A": str(r % 2)}) for r in (1, 2, 3))]).splitlines()
-    assert mixed[0].endswith("unknown on rank 0 (no /proc)") and mixed[2:] == ["  A  1  on ranks 1,3", "     0  on rank 2"]
+    assert mixed[0].endswith("unknown on rank 0 (no /proc)") and mixed[2:] == ["  A  ranks 1,3: 1", "     rank 2: 0"]
     rows = variables([facts(r, variables={"RANK": str(r), "MARKUP": "[bold]:smile:"}) for r in (0, 1)]).splitlines()
     assert rows[1:] == ["  MARKUP  [bold]:smile:", "  RANK    0…1, each rank its own"]
 

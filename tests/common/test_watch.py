@@ -25,7 +25,7 @@ import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from common.watch import Reporter
 key, rank, parent, code = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-reporter = Reporter(key, {{"rank": rank, "host": "here", "parent": parent or None}})
+reporter = Reporter(key, {{"rank": rank, "host": "here", "parents": [parent] * bool(parent)}})
 print("here", flush=True)
 sys.stdin.readline()  # "go"
 exec(code)

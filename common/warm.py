@@ -1,0 +1,37 @@
+"""A process that has imported once what every rank needs; ranks are forked from it (multiprocessing's forkserver).
+
+A forked rank shares the server's memory until it writes to it, and finds torch imported. The server itself runs nothing: threads
+of OpenMP or autograd do not survive a fork (https://docs.pytorch.org/docs/stable/notes/multiprocessing.html#poison-fork).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+
+def default_start_method() -> str:
+    """The fork server on Linux while this process has no CUDA context; spawn elsewhere.
+
+    macOS has it too, but its system libraries may start threads when they are loaded, which a fork does not survive
+    (https://docs.python.org/3/library/multiprocessing.html#contexts-and-start-methods).
+    """
+    torch = sys.modules.get("torch")
+    if sys.platform != "linux" or (torch and torch.cuda.is_initialized()):
+        return "spawn"
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+def start_server() -> None:
+    """Starts the server and returns at once: it imports while this process goes on."""
+    folder = Path.cwd()
+    forkserver.set_forkserver_preload(["common.preloaded"])
+    # The server looks for modules in its current folder only (before Python 3.14); the ranks go back to this one.
+    os.chdir(Path(__file__).resolve().parents[1])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(folder)

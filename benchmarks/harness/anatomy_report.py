@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks.harness.phases import AFTER, LABELS, LAUNCHING, PhaseRow
 from benchmarks.harness.report import OVERSUBSCRIBED, cell, table
@@ -18,6 +19,13 @@ COUNTS_A_TABLE = 6  # numbers of ranks side by side within 132 columns
 def say(console: Console, text: str) -> None:
     """A sentence, as it is."""
     console.print(text, markup=False, highlight=False)
+
+
+def _show(console: Console, made: Table) -> None:
+    """A table under a title that may be wider."""
+    title, made.title = made.title, None
+    console.print(title, style="bold", highlight=False)
+    console.print(made)
 
 
 def not_run(console: Console, missing: Mapping[str, str]) -> None:
@@ -38,13 +46,13 @@ def phases(console: Console, rows: Sequence[PhaseRow], repeats: int) -> None:
         launching.add_row(row.case.title, *(cell(row.phases[name]) for name in LAUNCHING))
         times = (row.times[name] for name in ("launch_seconds", "train_seconds", "leave_seconds"))
         whole.add_row(row.case.title, *(cell(t) for t in times), *(cell(row.phases[name]) for name in leaving))
-    console.print(launching)
+    _show(console, launching)
     say(
         console,
         "Each phase is the time between two marks, in order of time, of the rank that was last to finish the first step; medians "
         "are taken\nphase by phase. A process that is forked finds done what its parent did: that takes it no time.\n",
     )
-    console.print(whole)
+    _show(console, whole)
     say(
         console,
         "Launch: from the command's start to the first step's end on the slowest rank. Leaving: from the training's end (slowest\n"
@@ -68,7 +76,7 @@ def gifts(console: Console, found: Sequence[Gift]) -> None:
         left.add_row(gift.case.title, gift.each("threads_found"), gift.each("omp_num_threads"), gift.cores, count)
         names.add_row(gift.case.title, ", ".join(variables) if variables else "none" if variables == {} else "unknown")
     for each in (left, names):
-        console.print(each)
+        _show(console, each)
         console.print()
 
 
@@ -83,7 +91,7 @@ def speeds(console: Console, found: Sequence[Speed], cores: int) -> None:
             one.fair.title, str(one.fair.threads), str(one.threads_as_shipped or "–"), cell(one.fair_seconds),
             cell(one.shipped_seconds), cell(one.apparent), cell(one.real), cell(one.threads),
         )  # fmt: skip
-    console.print(made)
+    _show(console, made)
     say(console, "Speed: how many times as fast as plain. Ratios are taken within a repeat.")
     for one in found:
         if one.fair.launcher != "plain":
@@ -106,7 +114,7 @@ def scaling(console: Console, points: Sequence[Point], floor: Spread | None, cor
         )
         for title in titles:
             made.add_row(title, *(cell(at[title, n].launch_seconds) for n in some))
-        console.print(made)
+        _show(console, made)
     if any(n * threads > cores for n in sizes):
         say(console, f"{OVERSUBSCRIBED} oversubscribed: more ranks × threads than the {cores} cores here.")
     if floor:

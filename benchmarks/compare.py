@@ -8,12 +8,10 @@ Launchers are run as a user would run them, one after the other, the repeats int
 launchers (--epochs 10, --lr 0.01, --model my.module:Net …).
 """
 
-import argparse
 import signal
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,6 +19,7 @@ from rich.console import Console
 
 from benchmarks.harness import cases, machine, plots, report, summary
 from benchmarks.harness.cases import Case
+from benchmarks.harness.command_line import Parser, converted, output_folder
 from benchmarks.harness.session import Job, Session
 from benchmarks.harness.statistics import Spread, spread
 from common.config import JOBS, TrainConfig, check_world, parse_config, underscored
@@ -33,23 +32,9 @@ EPOCHS = 2  # enough for a median, and a comparison within five minutes on two c
 HARNESS_FLAGS = ("--result", "--plot", "--save", "--world_size", "--nproc_per_node", "--nnodes", "--node_rank", "--master_port")
 
 
-class Parser(argparse.ArgumentParser):
-    """Refuses in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises instead of printing the usage."""
-        raise UsageError(f"{message}; see --help")
-
-
 def parser() -> Parser:
     """The command line."""
-    p = Parser(
-        prog="compare.py",
-        usage="compare.py [flags] [training flags]",
-        description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
-        allow_abbrev=False,
-    )
+    p = Parser("compare.py", "compare.py [flags] [training flags]", __doc__ or "")
     known = cases.LAUNCHERS + cases.PEERS
     p.add_argument("--launchers", nargs="+", metavar="NAME", help=f"of {', '.join(known)} (default: the first four)")
     p.add_argument("--world_sizes", nargs="+", metavar="N", help="numbers of ranks (default: 1 2 4)")
@@ -70,14 +55,6 @@ def parser() -> Parser:
     p.add_argument("--time_limit", default="120", metavar="S", help="seconds after which a run is stopped (default: 120)")
     p.add_argument("--no_parity", action="store_true", help="leave out the float64 runs that the verdict on the loss needs")
     return p
-
-
-def converted(name: str, text: str, convert: Any) -> Any:
-    """``convert(text)``, refused in words."""
-    try:
-        return convert(text)
-    except ValueError as allowed:
-        raise UsageError(f"--{name} {text}: not allowed; give {allowed}") from None
 
 
 class Comparison:
@@ -102,7 +79,6 @@ class Comparison:
         self.target: float = converted("target_accuracy", given.target_accuracy, positive)
         self.limit_s: float = converted("time_limit", given.time_limit, positive)
         self.parity = not given.no_parity
-        self.output = Path(given.output)
         self.cores = machine.usable_cores()
         flags = ["--job", given.job, *self.passed_on]
         if given.epochs or not self.batch_sizes:
@@ -115,10 +91,7 @@ class Comparison:
         self._check_batches()
         for launcher in self.launchers:  # before hours are spent
             cases.command(Case(launcher, 1, 1), [])
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--output {self.output}: cannot be made ({error.strerror}); name another folder") from None
+        self.output = output_folder(given.output)
 
     def _check_batches(self) -> None:
         by_rank = self.config.batch_size is not None
@@ -276,13 +249,7 @@ def main() -> int:
     asked = Comparison(sys.argv[1:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill, too, stops everything and keeps what was measured
     console = Console(width=None if sys.stdout.isatty() else 132)
-    about: dict[str, Any] = {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python benchmarks/compare.py " + " ".join(sys.argv[1:]),
-        "commit": machine.commit(),
-        "machine": machine.describe(),
-        "versions": machine.versions(),
-    }
+    about = machine.about("benchmarks/compare.py")
     caption = machine.caption(about["machine"], about["versions"], about["commit"])
     session = Session(console, asked.limit_s)
     untimed, timed = ([], asked.sized()) if asked.batch_sizes else (asked.untimed(), asked.timed())

@@ -49,6 +49,17 @@ def is_open_mpi() -> bool:
     return any(name in told.stdout for name in ("Open MPI", "OpenRTE", "PRTE"))
 
 
+def mpirun(ranks: str) -> tuple[list[str], dict[str, str]]:
+    """(command line up to the program, variables to add) for so many ranks, as root too and with more ranks than cores."""
+    words = [program("mpirun"), "-np", ranks]
+    if not is_open_mpi():
+        return words, {}
+    return [*words, "--oversubscribe", "--bind-to", "none"], {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+
+
 def command(case: Case, flags: list[str]) -> tuple[list[str], dict[str, str]]:
     """(command line, variables to add) that runs ``case`` with the training ``flags``."""
     python, n = sys.executable, str(case.world_size)
@@ -64,10 +75,7 @@ def command(case: Case, flags: list[str]) -> tuple[list[str], dict[str, str]]:
             "OMP_NUM_THREADS": str(case.threads)
         }
     if case.launcher == "mpi":
-        words, variables = [program("mpirun"), "-np", n], {}
-        if is_open_mpi():
-            words += ["--oversubscribe", "--bind-to", "none"]
-            variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        words, variables = mpirun(n)
         return [*words, python, script, "--master_port", "0", *flags], variables
     raise UsageError(f"--launchers {case.launcher}: no such launcher; give some of {', '.join(LAUNCHERS + PEERS)}")
 

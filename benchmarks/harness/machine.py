@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,17 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def about(script: str) -> dict[str, Any]:
+    """What every result file begins with: when, by which command line of ``script``, from which commit, on what."""
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": describe(),
+        "versions": versions(),
+    }
 
 
 def commit() -> str | None:

@@ -14,7 +14,8 @@ from benchmarks.harness.summary import Row, noisy, same_to_the_bit
 OVERSUBSCRIBED = "*"
 
 
-def _cell(value: Spread | None, digits: int = 2, scale: float = 1.0) -> str:
+def cell(value: Spread | None, digits: int = 2, scale: float = 1.0) -> str:
+    """``value`` times ``scale`` for a table."""
     if value is None:
         return "–"
     return Spread(value.median * scale, value.low * scale, value.high * scale, value.samples).text(digits)
@@ -24,27 +25,28 @@ def _ranks(row: Row) -> str:
     return f"{row.case.world_size}{OVERSUBSCRIBED if row.oversubscribed else ''}"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False, box=None)
+def table(title: str, *columns: str) -> Table:
+    """An empty table in the project's style; the first column is what the rows are about."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False, box=None)
     for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
-    return table
+        made.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    return made
 
 
 def show(console: Console, rows: list[Row], cores: int, threads: int, weak: bool) -> None:
     """The tables: time, speedup, loss."""
     s = "s" * (threads > 1)
-    time = _table(
+    time = table(
         f"Time: median (range), {threads} thread{s} per rank",
         "launcher", "ranks", "command s", "launch s", "training s", "leaving s", "samples/s", "MiB/rank",
     )  # fmt: skip
     scaling = "weak scaling: N·t(1)/t(N)" if weak else "strong scaling: t(1)/t(N)"
-    gain = _table(
+    gain = table(
         f"Speedup over one process, {scaling}",
         "launcher", "ranks", f"training vs {threads} thread{s}", "efficiency", f"training vs {cores} threads",
         f"command vs {threads} thread{s}", f"command vs {cores} threads",
     )  # fmt: skip
-    loss = _table(
+    loss = table(
         "Loss: is it the single process's?",
         "launcher", "ranks", "train loss", "eval loss", "accuracy", "fp64, whole curve", "fp32, 20 steps", "verdict",
     )  # fmt: skip
@@ -52,14 +54,14 @@ def show(console: Console, rows: list[Row], cores: int, threads: int, weak: bool
         f, head = row.figures, (row.name, _ranks(row))
         time.add_row(
             *head,
-            _cell(f["wall_seconds"]), _cell(f["launch_seconds"]), _cell(f["train_seconds"]), _cell(f["leave_seconds"]),
-            _cell(f["samples_per_second"], 0), f"{m.median / 2**20:,.0f}" if (m := f["peak_memory_bytes"]) else "–",
+            cell(f["wall_seconds"]), cell(f["launch_seconds"]), cell(f["train_seconds"]), cell(f["leave_seconds"]),
+            cell(f["samples_per_second"], 0), f"{m.median / 2**20:,.0f}" if (m := f["peak_memory_bytes"]) else "–",
         )  # fmt: skip
         gain.add_row(
             *head,
-            _cell(row.speedup["train_seconds/one_rank"]), f"{e.median:.0%}" if (e := row.efficiency) else "–",
-            _cell(row.speedup["train_seconds/all_threads"]), _cell(row.speedup["wall_seconds/one_rank"]),
-            _cell(row.speedup["wall_seconds/all_threads"]),
+            cell(row.speedup["train_seconds/one_rank"]), f"{e.median:.0%}" if (e := row.efficiency) else "–",
+            cell(row.speedup["train_seconds/all_threads"]), cell(row.speedup["wall_seconds/one_rank"]),
+            cell(row.speedup["wall_seconds/all_threads"]),
         )  # fmt: skip
         parity = row.parity
         loss.add_row(
@@ -71,8 +73,8 @@ def show(console: Console, rows: list[Row], cores: int, threads: int, weak: bool
             f"{parity.fp32:.1e}" if parity and parity.fp32 is not None else "–",
             parity.verdict() if parity else "–",
         )  # fmt: skip
-    for table in (time, gain, loss):
-        console.print(table)
+    for each in (time, gain, loss):
+        console.print(each)
         console.print()
     if any(row.oversubscribed for row in rows):
         console.print(f"{OVERSUBSCRIBED} oversubscribed: more ranks × threads than the {cores} cores here.", highlight=False)
@@ -98,28 +100,37 @@ def verdicts(console: Console, session: Session, rows: list[Row]) -> bool:
         console.print(f"At {world_size} rank{'s' * (world_size > 1)} all launchers {told}.", style="" if same else "bold red")
         well = well and same
     if names := noisy(rows):
-        console.print(
-            f"Noisy: the repeats of {'; '.join(names)} differ by more than a quarter. Close other programs, or ask for "
-            "--repeats 7; do not read small differences from this run.",
-            style="yellow",
-        )
+        show_noisy(console, names)
+    return show_failures(console, session) and well
+
+
+def show_noisy(console: Console, names: list[str]) -> None:
+    """Says that the cases ``names`` differ too much from repeat to repeat."""
+    console.print(
+        f"Noisy: the repeats of {'; '.join(names)} differ by more than a quarter. Close other programs, or ask for "
+        "--repeats 7; do not read small differences from this run.",
+        style="yellow",
+    )
+
+
+def show_failures(console: Console, session: Session) -> bool:
+    """Tells of every run that went wrong, with its last words; returns whether there was none."""
     for sample in session.failures:
-        well = False
         console.print("FAILED: ", style="bold red", end="")
         console.print(f"{sample.failure}\ncommand: {sample.command}", markup=False, highlight=False)
-    return well
+    return not session.failures
 
 
 def batch_table(points: list[dict[str, Any]], target: float) -> Table:
     """One row a launcher, world size and batch size."""
-    table = _table(
+    made = table(
         "Batch sizes: median (range)",
         "launcher", "ranks", "batch size", "learning rate", "samples/s", f"training s to {target:.0%}",
     )  # fmt: skip
     for p in points:
-        reached = _cell(p["seconds_to_target"]) if p["seconds_to_target"] or not p["has_accuracy"] else "not reached"
-        table.add_row(
+        reached = cell(p["seconds_to_target"]) if p["seconds_to_target"] or not p["has_accuracy"] else "not reached"
+        made.add_row(
             p["launcher"], str(p["world_size"]), str(p["batch_size"]), f"{p['learning_rate']:g}",
-            _cell(p["samples_per_second"], 0), reached,
+            cell(p["samples_per_second"], 0), reached,
         )  # fmt: skip
-    return table
+    return made

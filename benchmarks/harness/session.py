@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.harness.cases import Case, command, shown
-from benchmarks.harness.runner import Outcome, Running
+from benchmarks.harness.runner import REPOSITORY, Outcome, Running
+from common import events
+from common.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Sample:
     @property
     def leave_seconds(self) -> float | None:
         """From the end of the training to the command's end."""
-        if self.result is None or self.result.get("launch_seconds") is None:
+        if self.result is None or None in (self.result.get("launch_seconds"), self.result.get("train_seconds")):
             return None
         return max(0.0, self.wall_seconds - float(self.result["launch_seconds"]) - float(self.result["train_seconds"]))
 
@@ -75,12 +77,46 @@ class Sample:
         }
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a run is started."""
+
+    words: list[str]
+    variables: dict[str, str]
+    typed: str
+    """The command as a person would type it."""
+    cwd: Path = REPOSITORY
+
+
+def start_launcher(job: Job, folder: Path) -> Start:
+    """A launcher of this project, which writes its result into ``folder``."""
+    words, variables = command(job.case, list(job.flags))
+    return Start([*words, "--result", str(folder / "result.json")], variables, shown(words))
+
+
+def read_launcher(job: Job, folder: Path, started: float) -> dict[str, Any]:
+    """What a launcher wrote into ``folder``.
+
+    Raises:
+        RunError: nothing.
+    """
+    try:
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    except FileNotFoundError:
+        raise RunError("wrote no result") from None
+    return result
+
+
 @dataclass
 class Session:
     """Makes runs and keeps what they gave."""
 
     console: Console
     limit_s: float
+    start: Callable[[Job, Path], Start] = start_launcher
+    """How to start a job; its files belong into the folder given."""
+    read: Callable[[Job, Path, float], dict[str, Any]] = read_launcher
+    """What a good run gave, from that folder and the time of its start (``events.now``); RunError if it is not as it should be."""
     samples: list[Sample] = field(default_factory=list)
 
     def carry_out(self, jobs: Sequence[Job], together: int = 1) -> None:
@@ -89,21 +125,22 @@ class Session:
         A KeyboardInterrupt ends the runs in progress with all their processes, and is raised on.
         """
         with tempfile.TemporaryDirectory(prefix="launchlab-") as folder, self._progress(len(jobs)) as advance:
-            for start in range(0, len(jobs), together):
-                batch = jobs[start : start + together]
-                running: list[tuple[Job, Running, Path]] = []
+            for first in range(0, len(jobs), together):
+                running: list[tuple[Job, Start, Path, float, Running]] = []
                 try:
-                    for number, job in enumerate(batch, start):
-                        file = Path(folder, f"{number}.json")
-                        words, variables = command(job.case, [*job.flags, "--result", str(file)])
+                    for number, job in enumerate(jobs[first : first + together], first):
+                        own = Path(folder, str(number))
+                        own.mkdir()
+                        start = self.start(job, own)
                         advance(job, done=False)
-                        running.append((job, Running(words, self.limit_s, variables), file))
-                    for job, process, file in running:
-                        sample = _sample(job, process.wait(), file)
+                        began = events.now()
+                        running.append((job, start, own, began, Running(start.words, self.limit_s, start.variables, start.cwd)))
+                    for job, start, own, began, process in running:
+                        sample = self._sample(job, start, own, began, process.wait())
                         self.samples.append(sample)
                         advance(job, done=True, sample=sample)
                 finally:
-                    for _, process, _ in running:
+                    for *_, process in running:
                         process.kill()
 
     @contextmanager
@@ -146,13 +183,7 @@ class Session:
         """The runs that went wrong."""
         return [s for s in self.samples if s.failure]
 
-
-def _sample(job: Job, outcome: Outcome, file: Path) -> Sample:
-    result = None
-    failure = None
-    if outcome.ok and file.is_file():
-        result = json.loads(file.read_text())
-    else:
+    def _sample(self, job: Job, start: Start, folder: Path, began: float, outcome: Outcome) -> Sample:
         if outcome.timed_out:
             reason = f"did not end within {outcome.seconds:.0f} s and was stopped (--time_limit)"
         elif outcome.status:
@@ -160,7 +191,9 @@ def _sample(job: Job, outcome: Outcome, file: Path) -> Sample:
         elif outcome.left_behind:
             reason = "left processes behind: " + "; ".join(outcome.left_behind)
         else:
-            reason = "wrote no result"
+            try:
+                return Sample(job, start.typed, outcome.seconds, self.read(job, folder, began))
+            except RunError as error:
+                reason = str(error)
         failure = f"{job.case.name} ({job.label or job.role}) {reason}\n{outcome.tail()}"
-    words = [word for word in outcome.command if word not in ("--result", str(file))]
-    return Sample(job, shown(words), outcome.seconds, result, failure)
+        return Sample(job, start.typed, outcome.seconds, None, failure)

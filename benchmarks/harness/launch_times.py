@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ class LaunchTime:
     case: Case
     seconds: Spread | None
     times_fastest: float | None = None
-    """Its median over that of the project's fastest launcher at this world size."""
+    """Its median over that of the project's fastest launcher at this world size, of the repeats that both have."""
     times_bare: Spread | None = None
     """Over the bare script of the same repeat; for a launcher that has one."""
 
@@ -49,8 +50,8 @@ def launch_times(session: Session, cases: Sequence[Case], launchers: Sequence[st
     rows = [LaunchTime(case, spread(list(of(case).values()))) for case in cases]
     for row in rows:
         best = fastest(rows, row.case.world_size, launchers)
-        if best and best.seconds and row.seconds:
-            row.times_fastest = row.seconds.median / best.seconds.median
+        if best:
+            row.times_fastest = _ratio_of_medians(of(row.case), of(best.case))
         if row.case.launcher in bare:
             by_hand = Case(bare[row.case.launcher], row.case.world_size, row.case.threads)
             row.times_bare = paired_ratio(of(row.case), of(by_hand))
@@ -58,9 +59,17 @@ def launch_times(session: Session, cases: Sequence[Case], launchers: Sequence[st
 
 
 def fastest(rows: Sequence[LaunchTime], world_size: int, names: Sequence[str]) -> LaunchTime | None:
-    """The one of ``names`` with the smallest median at ``world_size``."""
-    there = [r for r in rows if r.case.world_size == world_size and r.case.launcher in names and r.seconds]
-    return min(there, key=lambda r: r.seconds.median if r.seconds else 0.0, default=None)
+    """The one of ``names`` with the smallest median at ``world_size``, of those with the most good runs."""
+    there = [(r, r.seconds) for r in rows if r.case.world_size == world_size and r.case.launcher in names and r.seconds]
+    most = max((seconds.samples for _, seconds in there), default=0)
+    measured = [(r, seconds) for r, seconds in there if seconds.samples == most]
+    return min(measured, key=lambda pair: pair[1].median, default=(None, None))[0]
+
+
+def _ratio_of_medians(above: dict[int, float], below: dict[int, float]) -> float | None:
+    """Over the repeats that both have: a repeat that only one has may be one in which the machine was busy."""
+    both = above.keys() & below.keys()
+    return statistics.median(above[r] for r in both) / statistics.median(below[r] for r in both) if both else None
 
 
 def show(console: Console, rows: Sequence[LaunchTime], cores: int, threads: int) -> None:
@@ -91,10 +100,9 @@ def sentences(rows: Sequence[LaunchTime], launchers: Sequence[str], others: Sequ
         head = f"{world_size} rank{'s' * (world_size > 1)}: {best.case.launcher} was our fastest, {best.seconds.median:.2f} s"
         there = [r for r in rows if r.case.world_size == world_size and r.times_fastest and r is not best]
         told = [f"{r.case.launcher} {r.times_fastest:.2f}" for r in there if r.case.launcher in (*launchers, *others)]
-        if told:
-            head += f"; times as long took {', '.join(told)}"
         faster = [r.case.launcher for r in there if r.case.launcher in others and (r.times_fastest or 1) <= 1]
-        said.append(f"{head}." + (f" Not faster than {', '.join(faster)}." if faster else ""))
+        text = f"{head}." + (f" Times as long: {', '.join(told)}." if told else "")
+        said.append(text + (f" Not faster than {', '.join(faster)}." if faster else ""))
     pairs = [r for r in rows if r.times_bare]
     over = [f"{r.case.name} ({r.times_bare.median:.3f})" for r in pairs if r.times_bare and r.times_bare.median > BARE_LIMIT]
     if over:

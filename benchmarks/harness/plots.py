@@ -235,7 +235,7 @@ def launch_times(
             # A little apart, so that launchers that are equal can be told from each other.
             shift = 1 + 0.03 * (launchers.index(name) - (len(launchers) - 1) / 2)
             with_range(right, [(n * shift, s) for n, s in ratios], launchers.index(name), None)
-    left.plot([], [], color="0.5", linestyle=":", label="its bare script")
+    with_range(left, [], 0, "a launcher's\nbare script", color="0.5", marker="", linestyle=":", capsize=0)
     right.axhline(1, color="0.5", linewidth=0.8)
     right.axhline(BARE_LIMIT, color="black", linestyle=":", linewidth=1.2, label=f"allowed: {BARE_LIMIT}")
     right.legend(loc="best")

@@ -19,6 +19,7 @@ import psutil
 from common import events, now
 
 MARKER = "LAUNCHLAB_RUN"  # in the environment of every process of a run, however far it has moved from its parent
+LINGER_S = 5.0  # after the command's end; on a busy machine a forkserver that holds torch takes more than a second
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -89,8 +90,8 @@ class Running:
             if not self._ended_within(self._began + self.limit_s - time.perf_counter()):
                 timed_out = True
             seconds = time.perf_counter() - self._began
-            # What a clean end leaves for a moment (the watcher, an MPI helper) may go by itself.
-            left = [] if timed_out else self._linger(1.5)
+            # What a clean end leaves for a moment (the watcher, an MPI helper, a forkserver) may go by itself.
+            left = [] if timed_out else self._linger(LINGER_S)
         finally:
             self.kill()
         output = []

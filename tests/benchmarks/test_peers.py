@@ -161,7 +161,19 @@ def test_a_pair_is_measured_side_by_side_and_the_order_is_turned_round(monkeypat
     asked = peers.Asked(["--world-sizes", "2", "1", "--repeats", "2", "--peers", "ray", "bare_fork", "--output", str(tmp_path)])
     jobs = asked.jobs()
     assert [(j.case.name, j.role) for j in jobs[:2]] == [("plain, 1 rank", "reference"), ("bare plain, 1 rank", "reference")]
-    names = ["plain", "bare plain", "spawn", "bare spawn", "torchrun", "bare torchrun", "mpi", "bare mpi", "elastic", "bare fork", "ray"]
+    names = [
+        "plain",
+        "bare plain",
+        "spawn",
+        "bare spawn",
+        "torchrun",
+        "bare torchrun",
+        "mpi",
+        "bare mpi",
+        "elastic",
+        "bare fork",
+        "ray",
+    ]
     first = [(j.case.launcher, j.case.world_size) for j in jobs[2:] if j.repeat == 0]
     assert first == [(name, n) for n in (1, 2) for name in names]
     assert [(j.case.launcher, j.case.world_size) for j in jobs[2:] if j.repeat == 1] == first[::-1]
@@ -235,11 +247,20 @@ def test_ratios_are_of_medians_for_peers_and_of_pairs_for_bare_scripts(rows):
     json.dumps([row.as_json() for row in rows])
 
 
+def test_a_case_that_lacks_repeats_is_compared_over_those_it_has(session):
+    session.samples = [s for s in session.samples if (s.job.case.name, s.job.repeat) != ("torchrun, 2 ranks", 1)]
+    session.samples += timed({"mpi": [1.0]})  # the others' first repeat was their quickest too
+    rows = launch_times.launch_times(session, [*CASES, Case("mpi", 2, 1)], [*LAUNCHERS, "mpi"], BARE)
+    by_name = {r.case.name: r for r in rows}
+    assert launch_times.fastest(rows, 2, [*LAUNCHERS, "mpi"]) is by_name["spawn, 2 ranks"]
+    assert by_name["torchrun, 2 ranks"].times_fastest == 7.5 / 2.5 and by_name["mpi, 2 ranks"].times_fastest == 0.5
+
+
 def test_the_sentences_say_who_was_fastest_and_by_how_much(rows):
     one, two, pairs = launch_times.sentences(rows, LAUNCHERS, OTHERS)
-    assert one == "1 rank: spawn was our fastest, 2.00 s; times as long took torchrun 1.50."
+    assert one == "1 rank: spawn was our fastest, 2.00 s. Times as long: torchrun 1.50."
     assert two == (
-        "2 ranks: spawn was our fastest, 3.00 s; times as long took torchrun 3.00, ray 10.00, fabric 0.83. Not faster than fabric."
+        "2 ranks: spawn was our fastest, 3.00 s. Times as long: torchrun 3.00, ray 10.00, fabric 0.83. Not faster than fabric."
     )
     assert pairs == "Every launcher launched within 1.05 × the time of its bare script."
     next(r for r in rows if r.case.name == "spawn, 2 ranks").times_bare = Spread(1.06, 1.0, 1.1, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +57,7 @@ class Tensors:
         return Tensors(*parts)
 
 
+@functools.cache  # a fork server loads them for its ranks
 def digits() -> tuple[Tensors, Tensors]:
     """1,437 training and 360 test digits: float32 (n, 1, 28, 28) with mean 0 and deviation 1, labels int64 (n,).
 

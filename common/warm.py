@@ -12,6 +12,8 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
+from common.config import TrainConfig
+
 
 def default_start_method() -> str:
     """The fork server on Linux while this process has no CUDA context; spawn elsewhere.
@@ -25,10 +27,11 @@ def default_start_method() -> str:
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def start_server() -> None:
-    """Starts the server and returns at once: it imports while this process goes on."""
+def start_server(config: TrainConfig) -> None:
+    """Starts the server and returns at once: it imports, and loads the data of ``config``, while this process goes on."""
     folder = Path.cwd()
-    forkserver.set_forkserver_preload(["common.preloaded"])
+    data = ["common.preloaded_digits"] if config.dataset == "digits" else []
+    forkserver.set_forkserver_preload(["common.preloaded", *data])
     # The server looks for modules in its current folder only (before Python 3.14); the ranks go back to this one.
     os.chdir(Path(__file__).resolve().parents[1])
     try:

@@ -62,7 +62,7 @@ def main() -> int:
     if nodes > 1 and not config.master_addr:
         raise UsageError(f"--nnodes {nodes} without --master_addr: name the host where the nodes meet")
     if method == "forkserver":
-        start_server()  # it imports while this process does
+        start_server(config)  # it imports while this process does
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

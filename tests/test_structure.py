@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("common", "launchers", "benchmarks")
+SCRIPTS = sorted((ROOT / "benchmarks" / "peer_scripts").glob("*.py"))
 LAUNCHERS = sorted(p for p in (ROOT / "launchers").glob("*.py") if p.name != "__init__.py")
 ALL = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 
@@ -82,18 +83,28 @@ def test_notebooks_run_launchers_as_subprocesses_only():
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("mpi4py", {"launchers/mpi.py"}),
+        ("mpi4py", {"launchers/mpi.py", "benchmarks/peer_scripts/bare_mpi.py"}),
         ("matplotlib", {"common/plots.py", "benchmarks/harness/plots.py"}),
         ("dotenv", {"common/config.py"}),
         ("rich", {"common/console.py", "benchmarks/"}),
         ("psutil", {"benchmarks/harness/"}),
         ("PIL", {"common/plots.py"}),
         ("transformers", {"launchers/hf_trainer.py"}),
-        ("accelerate", {"launchers/hf_trainer.py"}),
+        ("accelerate", {"launchers/hf_trainer.py", "benchmarks/peer_scripts/accelerate_loop.py"}),
+        ("torchrunx", {"benchmarks/peer_scripts/torchrunx_loop.py"}),
+        ("ray", {"benchmarks/peer_scripts/ray_loop.py"}),
+        ("lightning_fabric", {"benchmarks/peer_scripts/fabric_loop.py"}),
     ],
 )
 def test_a_package_is_used_only_where_it_belongs(package, allowed):
     assert {n for n in users(package) if not any(n == a or (a.endswith("/") and n.startswith(a)) for a in allowed)} == set()
+
+
+def test_the_peers_scripts_use_nothing_of_this_project():
+    """They measure what a user pays who writes it by hand."""
+    scripts = {name: packages for name, packages in IMPORTS.items() if name.startswith("benchmarks/peer_scripts/")}
+    assert len(scripts) == 9
+    assert {name for name, packages in scripts.items() if packages & set(FOLDERS)} == set()
 
 
 def test_common_and_launchers_need_nothing_else():
@@ -129,7 +140,7 @@ def test_a_launcher_file_is_short_and_trains_nothing(path):
     assert ast.get_docstring(ast.parse(text)) and "common.config" in names
 
 
-@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LAUNCHERS + SCRIPTS, ids=lambda path: path.name)
 def test_no_launcher_is_named_after_a_package_or_a_module(path):
     """``python launchers/x.py`` puts launchers/ first on the module path: x would hide a package of that name."""
     assert path.stem not in set(packages_distributions()) | set(sys.stdlib_module_names) | {"common", "mpi4py", "torch"}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.harness.launch_times import BARE_LIMIT, LaunchTime
 from benchmarks.harness.parity import FP32_LIMIT, FP32_STEPS, FP64_LIMIT, relative_differences
 from benchmarks.harness.session import Session
 from benchmarks.harness.statistics import Spread
@@ -208,3 +209,53 @@ def batch_sizes(points: list[dict[str, Any]], folder: Path, caption: str, target
     drawn.suptitle(f"How large a batch? Learning rate scaled: {rule}", fontsize=12)
     note = " × did not reach it in the epochs given." if missed else ""
     return both(drawn, folder, "batch_sizes", f"{note} {caption}".strip())
+
+
+def launch_times(
+    rows: Sequence[LaunchTime], folder: Path, caption: str, launchers: Sequence[str], bare: Mapping[str, str], peers: Sequence[str]
+) -> list[Path]:
+    """Launch time by ranks, the launchers and what they are measured beside; each launcher against its bare script."""
+    drawn = figure(11, 5)
+    left, right = drawn.subplots(1, 2, width_ratios=[1.4, 1])
+    sizes = sorted({r.case.world_size for r in rows})
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(launchers)}
+    by_hand = {script: launcher for launcher, script in bare.items()}
+    greys = itertools.cycle(("0.0", "0.35", "0.55", "0.7"))
+    for number, name in enumerate(dict.fromkeys(r.case.launcher for r in rows)):
+        points = [(r.case.world_size, r.seconds) for r in rows if r.case.launcher == name and r.seconds]
+        if name in launchers:
+            with_range(left, points, launchers.index(name), name, linewidth=2)
+        elif name in by_hand:  # beside its launcher, told by the colour
+            with_range(left, points, 0, None, color=colours[by_hand[name]], marker="", linestyle=":", capsize=0)
+        else:
+            style = "--" if name in peers else ":"
+            with_range(left, points, number, name, color=next(greys), linestyle=style, markerfacecolor="white")
+        ratios = [(r.case.world_size, r.times_bare) for r in rows if r.case.launcher == name and r.times_bare]
+        if ratios:
+            # A little apart, so that launchers that are equal can be told from each other.
+            shift = 1 + 0.03 * (launchers.index(name) - (len(launchers) - 1) / 2)
+            with_range(right, [(n * shift, s) for n, s in ratios], launchers.index(name), None)
+    left.plot([], [], color="0.5", linestyle=":", label="its bare script")
+    right.axhline(1, color="0.5", linewidth=0.8)
+    right.axhline(BARE_LIMIT, color="black", linestyle=":", linewidth=1.2, label=f"allowed: {BARE_LIMIT}")
+    right.legend(loc="best")
+    left.set(yscale="log", ylabel="seconds (median and range)", title="Launch time")
+    right.set(ylabel="times", title="A launcher against its bare script, paired")
+    _plain_seconds(left)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.tick_params(axis="x", which="minor", bottom=False)
+        axes.set(xlabel="ranks")
+    drawn.legend(*left.get_legend_handles_labels(), loc="outside right center")
+    drawn.suptitle("From the command to the end of the first optimizer step on the slowest rank", fontsize=12)
+    return both(drawn, folder, "peers", caption)
+
+
+def _plain_seconds(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers, also within a decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -161,7 +161,19 @@ def test_a_pair_is_measured_side_by_side_and_the_order_is_turned_round(monkeypat
     asked = peers.Asked(["--world-sizes", "2", "1", "--repeats", "2", "--peers", "ray", "bare_fork", "--output", str(tmp_path)])
     jobs = asked.jobs()
     assert [(j.case.name, j.role) for j in jobs[:2]] == [("plain, 1 rank", "reference"), ("bare plain, 1 rank", "reference")]
-    names = ["plain", "bare plain", "spawn", "bare spawn", "torchrun", "bare torchrun", "mpi", "bare mpi", "elastic", "bare fork", "ray"]
+    names = [
+        "plain",
+        "bare plain",
+        "spawn",
+        "bare spawn",
+        "torchrun",
+        "bare torchrun",
+        "mpi",
+        "bare mpi",
+        "elastic",
+        "bare fork",
+        "ray",
+    ]
     first = [(j.case.launcher, j.case.world_size) for j in jobs[2:] if j.repeat == 0]
     assert first == [(name, n) for n in (1, 2) for name in names]
     assert [(j.case.launcher, j.case.world_size) for j in jobs[2:] if j.repeat == 1] == first[::-1]

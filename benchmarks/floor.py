@@ -4,10 +4,12 @@ No launcher, no flags, no process group. anatomy.py runs it as ``python benchmar
 a TrainConfig as JSON.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
 
+gc.disable()  # as common.training does while it imports: what no rank pays is not in the floor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -22,6 +24,8 @@ from common.lean import spare_the_compiler
 def main() -> None:
     """Makes the job's first step, as loop.run does on one rank."""
     phases = events.Phases(events.command_started([]))
+    gc.freeze()
+    gc.enable()
     phases.mark("torch_imported")
     if len(sys.argv) != 4:
         raise UsageError("floor.py takes CONFIG --result FILE: benchmarks/anatomy.py gives them; run that")

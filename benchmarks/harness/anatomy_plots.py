@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.phases import LABELS, PhaseRow, durations, timelines
-from benchmarks.harness.plots import both, with_range
+from benchmarks.harness.plots import both, plain_seconds, with_range
 from benchmarks.harness.scaling import Point
 from benchmarks.harness.statistics import Spread
 from common.plots import TEN_COLOURS, figure
@@ -101,11 +101,9 @@ def launch_scaling(points: Sequence[Point], floor: Spread | None, cores: int, fo
     heights = [s.high for p in points if (s := p.launch_seconds)] + ([floor.high] if floor else [])
     depths = [s.low for p in points if (s := p.launch_seconds)] + ([floor.low] if floor else [])
     lowest, highest = min(depths) / 1.35, max(heights) * 1.15
-    marks = [m * 10.0**e for e in range(-2, 4) for m in (1, 1.5, 2, 3, 5, 7)]
-    there = [m for m in marks if lowest <= m <= highest]
     axes.set_ylim(lowest, highest)
-    axes.set_yticks(there, [f"{m:g}" for m in there])
-    axes.minorticks_off()
+    plain_seconds(axes)
+    axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set(xlabel="ranks", ylabel="launch time (s): command to the end of the first step")
     handles, labels = axes.get_legend_handles_labels()
     last = 1 if floor else 0  # the floor's line comes first there

@@ -11,7 +11,7 @@ from common.errors import UsageError
 
 T = TypeVar("T")
 HARNESS_FLAGS = ("--result", "--events", "--plot", "--save", "--inspect", "--world_size", "--nproc_per_node", "--nnodes",
-                 "--node_rank", "--master_port", "--start_method")  # fmt: skip
+                 "--node_rank", "--master_port", "--start_method", "--max_restarts")  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

@@ -241,7 +241,7 @@ def launch_times(
     right.legend(loc="best")
     left.set(yscale="log", ylabel="seconds (median and range)", title="Launch time")
     right.set(ylabel="times", title="A launcher against its bare script, paired")
-    _plain_seconds(left)
+    plain_seconds(left)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(n) for n in sizes])
@@ -252,7 +252,7 @@ def launch_times(
     return both(drawn, folder, "peers", caption)
 
 
-def _plain_seconds(axes: Axes) -> None:
+def plain_seconds(axes: Axes) -> None:
     """A logarithmic axis with plain numbers, also within a decade."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 

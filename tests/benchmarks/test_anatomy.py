@@ -377,3 +377,17 @@ def test_two_launchers_end_to_end(tmp_path):
             assert (tmp_path / f"{name}{kind}").stat().st_size > 5000
     for words in ("Where launch time goes", "The whole run", "How much was threads?", "RANK", "Floor:"):
         assert words in outcome.stdout, words
+
+
+@pytest.mark.launch
+def test_a_failed_run_is_told_with_its_last_words(tmp_path):
+    flags = ["--launchers", "plain", "--world_size", "2", "--repeats", "1", "--no_scaling", "--model", "nowhere:Net"]
+    outcome = run([sys.executable, str(REPOSITORY / "benchmarks" / "anatomy.py"), *flags, "--output", str(tmp_path)], 100)
+    assert outcome.status == 1 and "FAILED: plain, 2 ranks" in outcome.stdout and "No module named 'nowhere'" in outcome.stdout
+    failed = [s for s in json.loads((tmp_path / "anatomy.json").read_text())["samples"] if s["failure"]]
+    assert [s["role"] for s in failed] == ["timed"] and not (tmp_path / "trace.json").exists()
+
+
+def test_bad_input_exits_with_two_and_one_line():
+    outcome = run([sys.executable, str(REPOSITORY / "benchmarks" / "anatomy.py"), "--launchers", "horse"], 60)
+    assert outcome.status == 2 and outcome.stderr.count("\n") == 1 and "horse" in outcome.stderr and not outcome.stdout

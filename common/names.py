@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,21 +16,22 @@ def _configured() -> str:
     return next((line.partition(":")[2].partition("#")[0].strip() for line in lines if line.startswith("hosts:")), "files dns")
 
 
-@contextmanager
-def names_from_files() -> Iterator[None]:
-    """Within it, host names and addresses are looked up in /etc/hosts only (glibc; elsewhere nothing changes).
-
-    A client of PyTorch's store looks up the name of the address it connects to, for its log. It has 127.0.0.1 mapped to IPv6 by
-    then, which /etc/hosts does not list, so each rank asks a name server: without an answer 5 to 10 s, on a network that drops some
-    of many questions at once too (64 ranks: 17 s to join, 1 s without asking).
-    """
-    configure = None
-    if sys.platform == "linux":
-        configure = getattr(ctypes.CDLL(None), "__nss_configure_lookup", None)
+def _look_up_hosts_in(sources: str) -> None:
+    configure = getattr(ctypes.CDLL(None), "__nss_configure_lookup", None) if sys.platform == "linux" else None  # glibc's
     if configure:
-        configure(b"hosts", b"files")
-    try:
-        yield
-    finally:
-        if configure:
-            configure(b"hosts", _configured().encode())
+        configure(b"hosts", sources.encode())
+
+
+def from_files_only() -> None:
+    """From here on this process looks up host names and addresses in /etc/hosts only (glibc; elsewhere nothing changes).
+
+    Both ends of a connection to PyTorch's store look up the name of the other's address, for their log. 127.0.0.1 is mapped to IPv6
+    by then, which /etc/hosts does not list, so a name server is asked: 5 to 10 s where none answers, and where one drops some of the
+    many questions at once, the store stands still for all (64 ranks: 10 to 17 s to join, 1 s without asking).
+    """
+    _look_up_hosts_in("files")
+
+
+def as_configured() -> None:
+    """From here on as /etc/nsswitch.conf says again."""
+    _look_up_hosts_in(_configured())

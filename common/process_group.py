@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -17,12 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common import now
+from common import names, now
 from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, share_of_cores, usable_cores
 from common.errors import RunError, UsageError
 from common.events import clock_id
-from common.names import names_from_files
 from common.ports import port_taken
 from common.rank import Rank, on_this_machine
 from common.values import AS_SHIPPED
@@ -174,14 +173,13 @@ def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
     if not serve:
         _wait_for_listener(rank, until, patience)
     try:
-        with names_from_files() if on_this_machine(rank.master_addr) else nullcontext():
-            store: dist.Store = dist.TCPStore(
-                rank.master_addr or "",
-                rank.master_port,
-                is_master=serve,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=patience),
-            )
+        store: dist.Store = dist.TCPStore(
+            rank.master_addr or "",
+            rank.master_port,
+            is_master=serve,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=patience),
+        )
     except dist.DistNetworkError as error:
         if serve and "EADDRINUSE" in str(error):
             raise port_taken(rank.master_port, "address already in use") from None
@@ -230,6 +228,8 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
     until = time.monotonic() + patience
     meeting = None
     if rank.forms_group:
+        if on_this_machine(rank.master_addr):
+            names.from_files_only()
         meeting = Meeting(_open_store(rank, until, patience), rank, patience)
         meeting.tell("here", here)
     return Arrival(rank, config, here, meeting, until)

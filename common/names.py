@@ -25,9 +25,9 @@ def _look_up_hosts_in(sources: str) -> None:
 def from_files_only() -> None:
     """From here on this process looks up host names and addresses in /etc/hosts only (glibc; elsewhere nothing changes).
 
-    Both ends of a connection to PyTorch's store look up the name of the other's address, for their log. 127.0.0.1 is mapped to IPv6
-    by then, which /etc/hosts does not list, so a name server is asked: 5 to 10 s where none answers, and where one drops some of the
-    many questions at once, the store stands still for all (64 ranks: 10 to 17 s to join, 1 s without asking).
+    Both ends of a connection to PyTorch's store look up the name of the other's address, for their log. 127.0.0.1 is mapped to
+    IPv6 by then, which /etc/hosts does not list, so a name server is asked: 5 to 10 s where none answers, and where one drops some
+    of many questions at once, the store stands still for all (64 ranks: 10 to 17 s to join, 1 s without asking).
     """
     _look_up_hosts_in("files")
 

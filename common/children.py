@@ -14,6 +14,7 @@ from typing import Protocol
 from common.errors import complain
 
 PATIENCE_S = 3.5  # the ranks' own watcher needs at most 3 s from the first failure
+SERVER_GONE = 255  # multiprocessing.popen_forkserver's, for each rank that runs on without the server
 
 
 class Child(Protocol):
@@ -58,6 +59,8 @@ class Process:
 
 def in_words(status: int) -> str:
     """An exit status as ``Popen.returncode`` has it: negative for a signal."""
+    if status == SERVER_GONE:
+        return f"exit status {status} (what multiprocessing says, too, once its fork server is gone)"
     if status >= 0:
         return f"exit status {status}"
     try:

@@ -17,6 +17,9 @@ from common.rank import Rank
 _PEER_IS_GONE = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "timed out waiting",
                  "connectfullmesh", "connection was likely closed", "socket timeout", "remote process exited")  # fmt: skip
 
+# The second is what is left of a Ctrl-C that comes between ``watched`` and the first line within it.
+_CTRL_C = (KeyboardInterrupt, GeneratorExit)
+
 
 def lost_a_peer(error: BaseException) -> bool:
     """Whether ``error`` is what a rank sees when another one died."""
@@ -27,7 +30,7 @@ def _cause(error: BaseException) -> tuple[str, str]:
     """(event, sentence's end) for the watcher."""
     if isinstance(error, UsageError):
         return "refused", str(error)
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, _CTRL_C):
         return "interrupted", "was interrupted"
     if isinstance(error, SystemExit):
         return "failed", f"left with exit status {error.code} before its work was done"
@@ -65,7 +68,7 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
                 raise  # exit_status prints it
             if event != "interrupted":
                 complain(f"{trace}Rank {rank.rank} on {host} (pid {os.getpid()}) {cause}.")
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, _CTRL_C):
             raise
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     else:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common import now
 from common.errors import UsageError
 from common.events import launching_ancestors
+
+
+def _launchers() -> tuple[int, ...]:
+    """``launching_ancestors``, and multiprocessing's parent where it is none of them any more: the watcher sees that it is gone."""
+    chain = launching_ancestors()
+    process = sys.modules.get("multiprocessing.process")
+    parent = process and process.parent_process()
+    return (*chain, parent.pid) if parent and parent.pid not in chain else tuple(chain)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Rank:
     """How often the launcher has started the group again after a failure."""
     known_at: float = field(default_factory=now, compare=False)
     """When this process knew who it is, on ``common.now``'s clock."""
-    launchers: tuple[int, ...] = field(default_factory=lambda: tuple(launching_ancestors()), compare=False)
+    launchers: tuple[int, ...] = field(default_factory=_launchers, compare=False)
     """Process ids of who started this process in order to launch it, nearest first; looked up here, before torch is imported,
     so that a launcher's death in that second is noticed."""
 

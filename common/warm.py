@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 from common.config import TrainConfig
@@ -34,7 +35,10 @@ def start_server(config: TrainConfig) -> None:
     forkserver.set_forkserver_preload(["common.preloaded", *data])
     # The server looks for modules in its current folder only (before Python 3.14); the ranks go back to this one.
     os.chdir(Path(__file__).resolve().parents[1])
+    resource_tracker.ensure_running()  # first: it unblocks SIGINT
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # in the server until it can ignore it
     try:
         forkserver.ensure_running()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         os.chdir(folder)

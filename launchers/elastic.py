@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.children import in_words
 from common.config import ELASTIC_FLAGS, TrainConfig, check_world, parse_config
-from common.errors import UsageError, exit_status
+from common.errors import UsageError, complain, exit_status
 from common.ports import PortReservation
 from common.rank import Rank
 from common.training import train
@@ -82,7 +83,10 @@ def main() -> int:
         try:
             statuses: dict[int, int] = elastic_launch(launch, worker)(config, method)
             return max(statuses.values())
-        except ChildFailedError:
+        except ChildFailedError as failed:
+            rank, failure = failed.get_first_failure()
+            if failure.exitcode != 1:  # with 1 leaves a rank of which the watcher has told
+                complain(f"elastic.py: rank {rank} ended first, with {in_words(failure.exitcode)}.")
             return 1
         except SignalException as stopped:
             return 128 + stopped.sigval

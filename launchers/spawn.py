@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.children import Process, wait_for_all
+from common.children import Process, end, wait_for_all
 from common.config import SPAWN_FLAGS, TrainConfig, check_world, parse_config, ranks_to_start, settings
 from common.errors import UsageError, exit_status
 from common.ports import PortReservation
@@ -73,11 +73,16 @@ def main() -> int:
         port = (config.master_port or 29500) if several else free_port
         context: Any = multiprocessing.get_context(method)
         job = (per_node, world_size, config, port, method)
-        processes = [context.Process(target=worker, args=(local_rank, *job)) for local_rank in range(per_node)]
-        for process in processes:
-            process.start()
-        children = {config.node_rank * per_node + n: Process(process) for n, process in enumerate(processes)}
-        return wait_for_all(children, "spawn.py", [process.sentinel for process in processes])
+        children: dict[int, Process] = {}
+        try:
+            for local_rank in range(per_node):
+                process = context.Process(target=worker, args=(local_rank, *job))
+                process.start()
+                children[config.node_rank * per_node + local_rank] = Process(process)
+        except KeyboardInterrupt:  # multiprocessing would wait for those that run
+            end(children)
+            raise
+        return wait_for_all(children, "spawn.py", [child.process.sentinel for child in children.values()])
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_a_start_that_another_clock_told_or_that_makes_no_sense_does_not_count(t
 
 @pytest.mark.launch
 @pytest.mark.only_on("linux")
-@pytest.mark.parametrize("launcher", cases.LAUNCHERS)
+@pytest.mark.parametrize("launcher", (*cases.LAUNCHERS, "elastic"))
 def test_all_phases_are_there_and_in_order(launcher, tmp_path):
     words, variables = cases.command(Case(launcher, 2, 1), SMALL)
     result = tmp_path / "result.json"

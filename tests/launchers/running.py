@@ -20,6 +20,9 @@ from common.config import FIELDS
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 LAUNCHERS = ("plain", "spawn", "torchrun", "mpi")  # mpi: MPICH, which requirements.txt installs
+ALL = (*LAUNCHERS, "elastic")
+SPAWNS = ("spawn (spawn)", "spawn (fork)")  # spawn.py with the other start methods than its default
+FORKED = ("spawn", "elastic")  # their ranks are forked from a server, on Linux
 MPIS = ("openmpi", "systemmpi")  # the same file under other MPIs
 MARKER = "LAUNCHLAB_TEST_RUN"
 # Variables that would tell a rank who it is or what to do; a test sets those it means.
@@ -40,10 +43,15 @@ runs: list["Run"] = []  # of the current test
 def command(launcher: str, world_size: int, *flags: object) -> list[str]:
     """The command line of ``launcher`` with ``world_size`` ranks, as README gives it but with an absolute path."""
     words = [str(flag) for flag in flags]
+    launcher, _, method = launcher.removesuffix(")").partition(" (")
     file = {"openmpi": "mpi", "systemmpi": "mpi"}.get(launcher, launcher)
     path = str(ROOT / "launchers" / f"{file}.py")
+    if method:
+        words = ["--start_method", method, *words]
     if launcher in ("plain", "spawn"):
         return ["python", path, "--world_size", str(world_size), *words]
+    if launcher == "elastic":  # without restarts: a failure is to end the run
+        return ["python", path, "--nproc_per_node", str(world_size), "--max_restarts", "0", *words]
     if launcher == "torchrun":
         return ["torchrun", f"--nproc_per_node={world_size}", path, *words]
     mpirun, python = {

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from running import LAUNCHERS, ROOT, Run, command, run, tracebacks_of_ours
+from running import ALL, ROOT, SPAWNS, Run, command, run, tracebacks_of_ours
 
 pytestmark = pytest.mark.launch
 
@@ -45,7 +45,7 @@ def refused(ended, line, launcher):
     if launcher == "torchrun":  # its notice about OMP_NUM_THREADS may come before; its report comes after
         report = ended.err.find("ChildFailedError")
         assert -1 < ended.err.index(errors[0]) < report, str(ended)
-    elif launcher in ("plain", "spawn"):
+    elif launcher.startswith(("plain", "spawn", "elastic")):
         assert others == [], str(ended)
     else:  # MPICH and Open MPI have their own words about a status that is not 0
         assert not [row for row in others if "Rank " in row or "Error:" in row or "warning" in row.lower()], str(ended)
@@ -79,8 +79,20 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("case", FLAGS)
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+# Under every launcher one of each place where something is refused: the command line, the world, a rank, a rank's model and data.
+PLACES = ("negative epochs", "per-rank batch above data", "nccl without GPUs", "no such class", "does not fit", "no data")
+# The other flags meet the same code there: each under two launchers, in turn.
+IN_TURN = [name for name in FLAGS if name not in PLACES]
+
+
+@pytest.mark.parametrize(
+    "launcher, case",
+    [
+        *((launcher, case) for launcher in ALL for case in PLACES),
+        *((ALL[(number + k) % len(ALL)], case) for number, case in enumerate(IN_TURN) for k in (0, 2)),
+        *((launcher, "does not fit") for launcher in SPAWNS),
+    ],
+)
 def test_flags(tmp_path, launcher, case):
     flags, line = FLAGS[case]
     (tmp_path / "users.py").write_text(USERS)
@@ -106,7 +118,7 @@ def test_flags_of_a_process_on_its_own(tmp_path, case):
 
 
 @pytest.mark.only_on("linux")
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_a_folder_that_nobody_can_write(tmp_path, launcher):
     """Not even root can make a file in /proc."""
     ended = run(command(launcher, 2, *RANDOM, "--result", "/proc/result.json"), cwd=tmp_path)
@@ -129,7 +141,24 @@ def test_how_many_ranks(tmp_path, launcher, flags, line):
     refused(run(words, cwd=tmp_path), line, launcher)
 
 
-@pytest.mark.parametrize("launcher", ("torchrun", "mpi"))
+@pytest.mark.parametrize(
+    "launcher, flags, line",
+    [
+        ("spawn", ("--start_method", "thread"), r"--start_method thread: not allowed; give one of forkserver, spawn, fork"),
+        ("elastic", ("--start_method", "thread"), r"--start_method thread: not allowed; give one of forkserver, spawn, fork"),
+        ("plain", ("--start_method", "fork"), r"--start_method is not this launcher's to take"),
+        ("spawn", ("--nnodes", "1:2"), r"--nnodes 1:2: only elastic.py takes a range"),
+        ("elastic", ("--nnodes", "2:1"), r"--nnodes 2:1: not allowed; give a whole number, 1 or more, or two as MIN:MAX"),
+        ("elastic", ("--nnodes", "1:2"), r"--nnodes 2 without --master_addr: name the host where the nodes meet"),
+        ("elastic", ("--max_restarts", -1), r"--max_restarts -1: not allowed; give a whole number, 0 or more"),
+        ("elastic", ("--nproc_per_node", 0), r"--nproc_per_node 0: not allowed; give a whole number, 1 or more"),
+    ],
+)
+def test_how_to_start_them(tmp_path, launcher, flags, line):
+    refused(run(command(launcher, 2, *RANDOM, *flags), cwd=tmp_path), line, launcher)
+
+
+@pytest.mark.parametrize("launcher", ("torchrun", "mpi", "elastic"))
 def test_a_launcher_that_is_told_its_ranks_takes_no_world_size(tmp_path, launcher):
     refused(run(command(launcher, 2, *RANDOM, "--world_size", 2), cwd=tmp_path), "--world_size does not belong to", launcher)
 
@@ -176,13 +205,13 @@ def test_plain_that_is_told_two_world_sizes(tmp_path):
     refused(ended, r"--world_size 3 with WORLD_SIZE=2 in the environment", "plain")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_malformed_dotenv(tmp_path, launcher):
     (tmp_path / ".env").write_text("EPOCHS=1\nthis is no setting\n")
     refused(run(command(launcher, 2, *RANDOM), cwd=tmp_path), r"\.env, line 2: 'this is no setting' is no NAME=value", launcher)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_bad_value_in_dotenv(tmp_path, launcher):
     (tmp_path / ".env").write_text("EPOCHS=many\n")
     refused(run(command(launcher, 2, *RANDOM), cwd=tmp_path), r"EPOCHS \(environment or \.env\) many: not allowed", launcher)

@@ -6,7 +6,9 @@ import re
 import socket
 
 import pytest
-from running import LAUNCHERS, MPIS, ROOT, Run, command, run
+from running import ALL, FORKED, MPIS, ROOT, Run, command, run
+
+from common.warm import default_start_method
 
 pytestmark = pytest.mark.launch
 
@@ -14,6 +16,7 @@ HOST = socket.gethostname()
 README = {
     "plain": ("python launchers/plain.py", 1),
     "spawn": ("python launchers/spawn.py --world_size 2", 2),
+    "elastic": ("python launchers/elastic.py --nproc_per_node 2", 2),
     "torchrun": ("torchrun --nproc_per_node=2 launchers/torchrun.py", 2),
     "mpi": ("mpirun -np 4 python launchers/mpi.py", 4),
 }
@@ -55,7 +58,8 @@ def test_readme(launcher):
         here = f"[Rank {rank}] Process initialized on {HOST}, local_rank: {rank}, world_size: {world_size}\n"
         assert ended.out.count(here) == 1, str(ended)
     assert ended.out.count("Process initialized") == world_size
-    assert ended.out.count(f"Launcher {launcher}: {world_size} rank") == 1
+    title = f"{launcher} ({default_start_method()})" if launcher in FORKED else launcher
+    assert ended.out.count(f"Launcher {title}: {world_size} rank") == 1
     assert "Job digits: model cnn, data digits, " in ended.out
     assert re.search(r"hidden +Linear +128×3136, 128 +401,536\n", ended.out), str(ended)
     assert re.search(r"parameters +421,642\n", ended.out), str(ended)
@@ -72,7 +76,7 @@ def test_other_mpis_say_the_same(mpi):
     assert ended.out.count("world_size: 2") == 2 and ended.out.count("Epoch [") == 2, str(ended)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_only_the_first_rank_prints(tmp_path, launcher):
     ended = run(command(launcher, 3, *SHORT, "--log_every", 1), cwd=tmp_path, PYTHONWARNINGS="always")
     assert ended.status == 0, str(ended)
@@ -84,7 +88,7 @@ def test_only_the_first_rank_prints(tmp_path, launcher):
     assert len(re.findall(r"^Epoch \[\d/2\] - Train Loss", ended.out, re.MULTILINE)) == 2, str(ended)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_all_ranks_print(tmp_path, launcher):
     ended = run(command(launcher, 2, *SHORT, "--log-all-ranks", "--log_every=2"), cwd=tmp_path)
     assert ended.status == 0, str(ended)
@@ -99,13 +103,15 @@ def test_all_ranks_print(tmp_path, launcher):
     assert local[0] != local[1], "each rank has its own samples"
 
 
-@pytest.mark.parametrize("launcher", ("plain", "spawn", "torchrun", "mpi"))
+@pytest.mark.parametrize("launcher", ALL)
 def test_help(launcher):
     ended = run(["python", f"launchers/{launcher}.py", "--help"])
     assert (ended.status, ended.err) == (0, ""), str(ended)
     titles = re.findall(r"^(\S.*):$", ended.out, re.MULTILINE)
     assert titles.index("what to train (the common flags)") < titles.index("parts of the job") < titles.index("machine")
-    assert ("--world_size" in ended.out) == (launcher in ("plain", "spawn"))
+    assert ("--world_size N" in ended.out) == (launcher in ("plain", "spawn"))
+    assert ("--start_method" in ended.out) == (launcher in FORKED)
+    assert ("--max_restarts" in ended.out) == (launcher == "elastic")
 
 
 # ----------------------------------------------------------------------------------------------- forming a group
@@ -132,7 +138,7 @@ def test_address_and_port_from_dotenv(tmp_path, free_port):
     assert "Epoch [2/2]" in first.out, "a flag outranks .env"
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_dotenv_is_read_by_every_launcher(tmp_path, launcher, free_port):
     """MASTER_ADDR and MASTER_PORT alone are fine: they are used where a group is formed."""
     (tmp_path / ".env").write_text(f"MASTER_ADDR=127.0.0.1\nMASTER_PORT={free_port}\nEPOCHS=3\nJOB=random\nBACKEND=gloo\n")
@@ -147,7 +153,7 @@ def test_a_process_on_its_own_ignores_an_address(tmp_path):
     assert "no process group" in ended.out
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_two_runs_at_the_same_time(tmp_path, launcher):
     both = [Run(command(launcher, 2, *SHORT), cwd=tmp_path) for _ in range(2)]
     for each in both:
@@ -156,7 +162,7 @@ def test_two_runs_at_the_same_time(tmp_path, launcher):
         assert ended.out.count("Process initialized") == 2 and "Epoch [2/2]" in ended.out, str(ended)
 
 
-@pytest.mark.parametrize("launcher", ("plain", "spawn", "mpi"))
+@pytest.mark.parametrize("launcher", ("plain", "spawn", "mpi", "elastic"))
 def test_a_port_that_is_taken(tmp_path, launcher):
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -180,7 +186,7 @@ def test_a_port_that_is_taken_under_a_group_started_by_hand(tmp_path):
     assert re.fullmatch(rf"error: --master_port {port}: cannot be used here .*\n", ended.err), str(ended)
 
 
-@pytest.mark.parametrize("launcher", ("plain", "spawn", "mpi"))
+@pytest.mark.parametrize("launcher", ("plain", "spawn", "mpi", "elastic"))
 def test_a_port_that_is_named_is_used(tmp_path, launcher, free_port):
     from running import is_listening
 

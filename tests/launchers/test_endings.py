@@ -11,7 +11,7 @@ import time
 
 import psutil
 import pytest
-from running import LAUNCHERS, ROOT, Run, command, is_listening, tracebacks_of_ours
+from running import ALL, FORKED, ROOT, SPAWNS, Run, command, is_listening, tracebacks_of_ours
 
 pytestmark = [pytest.mark.launch, pytest.mark.only_on("linux")]
 
@@ -19,7 +19,8 @@ PROMISED_S = 5.0
 # Before Linux 6.15 only the parent can ask how a process ended; a launcher that is faster than the watcher leaves it this.
 MAY_BE_UNSEEN = tuple(int(number) for number in os.uname().release.split(".")[:2]) < (6, 15)
 LAUNCHER_FILES = ROOT / "launchers"
-EVERY = (*LAUNCHERS, "openmpi")
+EVERY = (*ALL, "openmpi")
+QUIET_OR_TALKING = [(fault, peers) for fault in ("raise", "kill", "exit") for peers in ("talking", "quiet")]
 MODEL = """
 import os, pathlib, signal, time
 import torch
@@ -92,10 +93,12 @@ def fail(tmp_path, launcher, fault, peers, world_size=3):
     return run.finish(), int(pid), seconds
 
 
-@pytest.mark.parametrize("launcher", EVERY)
 @pytest.mark.parametrize(
-    "fault, peers",
-    [("raise", "talking"), ("raise", "quiet"), ("kill", "talking"), ("kill", "quiet"), ("exit", "talking"), ("exit", "quiet")],
+    "launcher, fault, peers",
+    [
+        *((launcher, *case) for launcher in EVERY for case in QUIET_OR_TALKING),
+        *((spawn, *case) for spawn in SPAWNS for case in (("raise", "quiet"), ("kill", "talking"))),
+    ],
 )
 def test_a_failing_rank_ends_all(tmp_path, launcher, fault, peers):
     ended, pid, seconds = fail(tmp_path, launcher, fault, peers)
@@ -109,8 +112,8 @@ def test_a_failing_rank_ends_all(tmp_path, launcher, fault, peers):
     assert cause.startswith(CAUSES[fault]) or (fault != "raise" and MAY_BE_UNSEEN and cause.startswith("ended without a word")), (
         str(ended)
     )
-    # What plain.py and spawn.py add must not blame another rank.
-    assert set(re.findall(r"(?:plain|spawn)\.py: rank (\d+) ended first", ended.err)) <= {"1"}, str(ended)
+    # What the launcher's parent adds must not blame another rank.
+    assert set(re.findall(r"(?:plain|spawn|elastic)\.py: rank (\d+) ended first", ended.err)) <= {"1"}, str(ended)
     assert "Epoch [5/5]" not in ended.out
     # What the failing rank raised is shown once; the others, which only lost a peer, add no traceback.
     assert tracebacks_of_ours(ended) == (1 if fault == "raise" else 0), str(ended)
@@ -131,29 +134,52 @@ def test_a_crash_is_named_too(tmp_path):
     assert re.search(r"Rank 1 on \S+ \(pid \d+\) (was killed by SIGSEGV|ended without a word)", ended.err), str(ended)
 
 
+def is_rank(process, run, launcher):
+    """Whether a process of the run is a rank of spawn.py or elastic.py, which set no variable that can be seen from outside."""
+    if launcher == "spawn (fork)":
+        return process.ppid() == run.process.pid and process.cmdline()[1:] == run.words[1:]
+    code = "multiprocessing.spawn" if launcher == "spawn (spawn)" else "multiprocessing.forkserver"
+    if not any(code in word for word in process.cmdline()):
+        return False
+    starter = process if launcher == "spawn (spawn)" else psutil.Process(process.ppid())
+    return starter.ppid() == run.process.pid
+
+
 def rank_processes(run, launcher, world_size):
-    """The processes of the ranks, once all have appeared, by rank; of spawn, which sets no variable, in the order of starting."""
+    """The processes of the ranks, once all have appeared, by rank, or else in the order of starting."""
+    by_number = not launcher.startswith(FORKED)
 
     def look():
         found = {}
         for process in run.processes():
             try:
-                words, environment = process.cmdline(), process.environ()
+                if by_number:
+                    words, environment = process.cmdline(), process.environ()
+                    name = {"mpi": "PMI_RANK", "openmpi": "OMPI_COMM_WORLD_RANK"}.get(launcher, "RANK")
+                    if any(word.endswith(".py") for word in words) and name in environment:
+                        found[int(environment[name])] = process
+                elif is_rank(process, run, launcher):
+                    found[process.create_time(), process.pid] = process
             except psutil.Error:
                 continue
-            if launcher == "spawn":
-                if any("spawn_main" in word for word in words):
-                    found[process.create_time(), process.pid] = process
-            elif any(word.endswith(".py") for word in words):
-                name = {"mpi": "PMI_RANK", "openmpi": "OMPI_COMM_WORLD_RANK"}.get(launcher, "RANK")
-                if name in environment:
-                    found[int(environment[name])] = process
         return len(found) == world_size and [found[key] for key in sorted(found)]
 
     return run.until(look, "all rank processes")
 
 
-@pytest.mark.parametrize("launcher", EVERY)
+def fork_server(run):
+    """The process that the ranks are forked from, once it is there."""
+
+    def look():
+        for process in psutil.Process(run.process.pid).children():
+            if any("multiprocessing.forkserver" in word for word in process.cmdline()):
+                return process
+        return None
+
+    return run.until(look, "the fork server")
+
+
+@pytest.mark.parametrize("launcher", [*(name for name in EVERY if name not in FORKED), "spawn (spawn)"])
 def test_a_rank_that_is_killed_before_it_joins(tmp_path, launcher):
     run = Run(command(launcher, 3, "--job", "random"), cwd=tmp_path)
     ranks = rank_processes(run, launcher, 3)
@@ -169,7 +195,7 @@ def test_a_rank_that_is_killed_before_it_joins(tmp_path, launcher):
     # Nobody of ours knew the rank yet: its launcher tells of it.
     said = {
         "plain": r"^plain.py: rank 1 ended first, with SIGKILL\.$",
-        "spawn": r"^spawn.py: rank 1 ended first, with SIGKILL\.$",
+        "spawn (spawn)": r"^spawn.py: rank 1 ended first, with SIGKILL\.$",
         "torchrun": r"exitcode: -9 \(local_rank: 1\)|rank +: 1 \(local_rank: 1\)",
         "mpi": r"KILLED BY SIGNAL: 9|EXIT CODE: 9",
         "openmpi": r"(?i)rank 1 .*signal 9|killed",
@@ -177,11 +203,29 @@ def test_a_rank_that_is_killed_before_it_joins(tmp_path, launcher):
     assert re.search(said, ended.err + ended.out, re.MULTILINE), str(ended)
 
 
+SECOND_FORK_DIES = """
+import os, signal, sys
+if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
+    forks = []
+    os.register_at_fork(before=lambda: forks.append(1),
+                        after_in_child=lambda: len(forks) == 2 and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.parametrize("launcher", FORKED)
+def test_a_rank_that_is_killed_as_it_is_forked(tmp_path, launcher):
+    """It joins within milliseconds, so the server itself is made to fork one that dies."""
+    (tmp_path / "sitecustomize.py").write_text(SECOND_FORK_DIES)
+    ended = Run(command(launcher, 3, "--job", "random"), cwd=tmp_path, PYTHONPATH=tmp_path).finish(30)
+    assert ended.status == 1, str(ended)
+    assert "Epoch" not in ended.out and tracebacks_of_ours(ended) == 0, str(ended)
+    assert ended.err.count(f"{launcher}.py: rank 1 ended first, with SIGKILL.\n") == 1, str(ended)
+
+
 LONG = ("--job", "random", "--epochs", 1_000_000, "--data_size", 256)
 
 
-@pytest.mark.parametrize("world_size", (1, 2))
-@pytest.mark.parametrize("launcher", EVERY)
+@pytest.mark.parametrize("launcher, world_size", [*((name, n) for name in EVERY for n in (1, 2)), *((name, 2) for name in SPAWNS)])
 def test_ctrl_c(tmp_path, launcher, world_size):
     run = Run(command(launcher, world_size, *LONG), cwd=tmp_path)
     run.until(lambda: "Epoch [3/" in run.out, "the third epoch")
@@ -198,10 +242,15 @@ def test_ctrl_c(tmp_path, launcher, world_size):
 
 
 # Not torchrun's and mpirun's earliest: Python can lose a SIGINT while it starts, and torchrun then waits 30 s before SIGKILL.
-@pytest.mark.parametrize("launcher, early", [("plain", True), ("spawn", True), *((launcher, False) for launcher in EVERY)])
+@pytest.mark.parametrize(
+    "launcher, early",
+    [(name, True) for name in ("plain", *FORKED, "spawn (spawn)")] + [(name, False) for name in (*EVERY, "spawn (fork)")],
+)
 def test_ctrl_c_while_starting(tmp_path, launcher, early):
     run = Run(command(launcher, 2, *LONG), cwd=tmp_path)
-    if early:
+    if early and launcher in FORKED:
+        fork_server(run)
+    elif early:
         rank_processes(run, launcher, 2)
     else:
         run.until(lambda: "Process initialized" in run.out, "the first rank")
@@ -212,14 +261,19 @@ def test_ctrl_c_while_starting(tmp_path, launcher, early):
     ended = run.finish()
     assert seconds < PROMISED_S, str(ended)
     assert ended.status != 0, str(ended)
+    if launcher in FORKED:
+        said = [row for row in ended.err.splitlines() if "shutting down workers" not in row]  # torch-elastic's own words
+        assert (ended.status, said) == (130, []), str(ended)
 
 
-@pytest.mark.parametrize("launcher", EVERY)
-def test_a_killed_launcher_takes_its_ranks_along(tmp_path, launcher):
+@pytest.mark.parametrize(
+    "launcher, killed", [(name, "launcher") for name in (*EVERY, *SPAWNS)] + [(name, "fork server") for name in FORKED]
+)
+def test_a_killed_launcher_takes_its_ranks_along(tmp_path, launcher, killed):
     run = Run(command(launcher, 3, *LONG), cwd=tmp_path)
     ranks = rank_processes(run, launcher, 3)
     run.until(lambda: "Epoch [3/" in run.out, "the third epoch")
-    run.process.kill()
+    (run.process if killed == "launcher" else fork_server(run)).kill()
     at = time.monotonic()
     while any(alive(rank.pid) for rank in ranks) and time.monotonic() < at + 40:
         time.sleep(0.02)

@@ -6,7 +6,7 @@ import re
 import socket
 
 import pytest
-from running import LAUNCHERS, MARKER, MPIS, ROOT, Run, command, run, tracebacks_of_ours
+from running import ALL, MARKER, MPIS, ROOT, Run, command, run, tracebacks_of_ours
 
 pytestmark = pytest.mark.launch
 
@@ -17,14 +17,22 @@ SETS = {
     "plain": (PLAIN, {"OMP_NUM_THREADS"}),
     "spawn": (set(), {"RANK"}),
     "torchrun": ({"RANK", "GROUP_RANK", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"}, set()),
+    "elastic": ({"RANK", "GROUP_RANK", "TORCHELASTIC_RUN_ID"}, set()),
     "mpi": ({"PMI_RANK", "PMI_SIZE"}, {"RANK", "MASTER_ADDR"}),
     "openmpi": ({"OMPI_COMM_WORLD_RANK", "PMIX_RANK"}, {"RANK", "MASTER_ADDR"}),
     "systemmpi": ({"OMPI_COMM_WORLD_RANK", "PMIX_RANK"}, {"RANK", "MASTER_ADDR"}),
 }
-NUMBER_OF_RANK = {"plain": "RANK", "torchrun": "RANK", "mpi": "PMI_RANK", "openmpi": "PMIX_RANK", "systemmpi": "PMIX_RANK"}
+NUMBER_OF_RANK = {
+    "plain": "RANK",
+    "torchrun": "RANK",
+    "elastic": "RANK",
+    "mpi": "PMI_RANK",
+    "openmpi": "PMIX_RANK",
+    "systemmpi": "PMIX_RANK",
+}
 
 
-@pytest.mark.parametrize("launcher", (*LAUNCHERS, *MPIS))
+@pytest.mark.parametrize("launcher", (*ALL, *MPIS))
 def test_every_launcher(tmp_path, launcher):
     world = 3 if launcher in ("spawn", "mpi") else 2
     ended = run(

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from running import LAUNCHERS, MPIS, command, run, trained
+from running import LAUNCHERS, MPIS, SPAWNS, command, run, trained
 
 from common.config import parse_config
 from common.datasets import load_datasets
@@ -89,6 +89,15 @@ def test_other_mpis(results, mpi, world_size):
     assert many["world_size"] == world_size
     assert difference(many["loss_per_step"], alone["loss_per_step"]) < 1e-9
     assert many["parameter_sha256"] == results("mpi", world_size, "random", "fp64")["parameter_sha256"]
+
+
+@pytest.mark.parametrize("launcher, world_size", [("elastic", 1), ("elastic", 3), *((spawn, 3) for spawn in SPAWNS)])
+def test_other_ways_to_start_python(results, launcher, world_size):
+    alone, many = results(None, 1, "random", "fp64"), results(launcher, world_size, "random", "fp64")
+    assert many["world_size"] == world_size and launcher in (many["launcher"], f"{many['launcher']} ({many['start_method']})")
+    for curve in ("loss_per_step", "train_loss_per_epoch", "eval_loss_per_epoch"):
+        assert difference(many[curve], alone[curve]) < 1e-9, curve
+    assert many["parameter_sha256"] == results("plain", world_size, "random", "fp64")["parameter_sha256"]
 
 
 @pytest.mark.parametrize("job", ("random", "regression"))

@@ -7,9 +7,10 @@ import re
 import psutil
 import pytest
 import torch
-from running import LAUNCHERS, Run, command, run, trained
+from running import ALL, FORKED, SPAWNS, Run, command, run, trained
 
-from common.events import is_launching
+from common.events import PHASES, is_launching
+from common.warm import default_start_method
 
 pytestmark = pytest.mark.launch
 
@@ -53,12 +54,13 @@ def measured(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("launcher", (*LAUNCHERS, "openmpi", "systemmpi"))
+@pytest.mark.parametrize("launcher", (*ALL, "openmpi", "systemmpi"))
 def test_fields(measured, launcher):
     result, _, _ = measured(launcher)
     for name, kind in FIELDS.items():
         assert isinstance(result[name], kind), (name, result[name])
     assert result["launcher"] == launcher.replace("openmpi", "mpi").replace("systemmpi", "mpi")
+    assert result["start_method"] == (default_start_method() if launcher in FORKED else None) and result["restart"] == 0
     assert (result["world_size"], result["device"], result["backend"]) == (2, "cpu", "gloo")
     assert result["parameters"] == 20 * 2 + 2
     assert re.fullmatch("[0-9a-f]{64}", result["parameter_sha256"])
@@ -69,13 +71,23 @@ def test_fields(measured, launcher):
     assert all(0 <= accuracy <= 1 for accuracy in result["eval_accuracy"])
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", SPAWNS)
+def test_the_start_method_that_was_asked_for(measured, launcher):
+    result, ended, _ = measured(launcher)
+    assert f"{result['launcher']} ({result['start_method']})" == launcher
+    assert f"Launcher {launcher}: 2 ranks" in ended.out, str(ended)
+
+
+@pytest.mark.parametrize("launcher", ALL)
 def test_launch_time_starts_with_the_command(measured, launcher):
     """It holds the launcher's own time too, and no more than the whole command."""
     result, ended, _ = measured(launcher)
-    marks = list(result["phases"].values())
-    assert list(result["phases"]) == ["ranks_known", "group_joined", "model_built", "first_step_done", "training_done"]
+    assert list(result["phases"]) == [name for name in PHASES if name not in ("command_started", "group_left", "process_ended")]
+    # Which comes first of torch and the rank's numbers depends on the launcher.
+    marks = [mark for name, mark in result["phases"].items() if name not in ("torch_imported", "ranks_known")]
     assert marks == sorted(marks) and marks[0] > 0
+    for name in ("torch_imported", "ranks_known"):
+        assert result["phases"]["interpreter_up"] <= result["phases"][name] <= result["phases"]["group_joined"]
     assert result["launch_seconds"] == result["phases"]["first_step_done"]
     assert 0 < result["train_seconds"] < ended.seconds
     assert result["launch_seconds"] + result["train_seconds"] < ended.seconds + 0.1
@@ -84,7 +96,7 @@ def test_launch_time_starts_with_the_command(measured, launcher):
     assert result["launch_seconds"] > 0.3 * (ended.seconds - result["train_seconds"])
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_launch_time_is_longer_than_from_the_ranks_own_start(tmp_path, launcher):
     (tmp_path / "slow.py").write_text(
         "import time, torch, os, pathlib\n"
@@ -134,7 +146,7 @@ def test_what_counts_as_launching(line, launching):
     assert is_launching(line.split()) == launching
 
 
-@pytest.mark.parametrize("launcher", (*LAUNCHERS, "openmpi"))
+@pytest.mark.parametrize("launcher", (*ALL, "openmpi"))
 def test_threads_are_set_alike(measured, launcher):
     """By default the usable cores shared evenly over the ranks, whatever the launcher set; else as told."""
     result, ended, _ = measured(launcher)
@@ -151,7 +163,7 @@ def result_sharing(result):
     return sum(1 for cores in result["cores_per_rank"] if set(cores) & first)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 @pytest.mark.parametrize("threads", (1, 3))
 def test_threads_as_told(tmp_path, launcher, threads):
     (tmp_path / "counting.py").write_text(
@@ -169,7 +181,7 @@ def test_threads_as_told(tmp_path, launcher, threads):
     assert result["threads_per_rank"] == threads
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_peak_memory(measured, launcher):
     """A rank with torch in it: more than 100 MB, less than 4 GB; the largest of all ranks."""
     result, _, _ = measured(launcher)
@@ -178,7 +190,7 @@ def test_peak_memory(measured, launcher):
     assert result["peak_memory_bytes"] == max(result["peak_memory_bytes_per_rank"])
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_files(measured, launcher):
     result, _, folder = measured(launcher)
     assert sorted(file.name for file in folder.iterdir()) == ["curves.png", "model.pt", "result.json"]
@@ -197,7 +209,7 @@ def test_files(measured, launcher):
     assert result["eval_accuracy"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL)
 def test_a_failed_run_writes_nothing_and_keeps_the_last_result(tmp_path, launcher):
     (tmp_path / "broken.py").write_text(
         "import torch\n"

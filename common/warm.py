@@ -25,10 +25,14 @@ def default_start_method() -> str:
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def start_server() -> None:
-    """Starts the server and returns at once: it imports while this process goes on."""
+def start_server(*modules: str) -> None:
+    """Starts the server and returns at once: it imports while this process goes on.
+
+    Args:
+        modules: more than every rank needs: what the ranks of this launcher else would import, each of them.
+    """
     folder = Path.cwd()
-    forkserver.set_forkserver_preload(["common.preloaded"])
+    forkserver.set_forkserver_preload([*modules, "common.preloaded"])  # this one last: it ends the collecting of garbage
     # The server looks for modules in its current folder only (before Python 3.14); the ranks go back to this one.
     os.chdir(Path(__file__).resolve().parents[1])
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import ELASTIC_FLAGS, TrainConfig, check_world, parse_config
-from common.errors import UsageError, exit_status
+from common.errors import RunError, UsageError, exit_status, one_line
 from common.ports import PortReservation
 from common.rank import Rank
 from common.warm import default_start_method, start_server
@@ -29,6 +29,7 @@ from common.warm import default_start_method, start_server
 def rank_from_elastic(environment: Mapping[str, str], method: str) -> Rank:
     """The rank that the agent's variables describe: torchrun's, set in each process that it starts."""
     restart = int(environment["TORCHELASTIC_RESTART_COUNT"])
+    served = environment["TORCHELASTIC_USE_AGENT_STORE"] == "True"
     return Rank(
         "elastic",
         int(environment["RANK"]),
@@ -38,8 +39,9 @@ def rank_from_elastic(environment: Mapping[str, str], method: str) -> Rank:
         int(environment["GROUP_RANK"]),
         environment["MASTER_ADDR"],
         int(environment["MASTER_PORT"]),
-        store_is_served=environment["TORCHELASTIC_USE_AGENT_STORE"] == "True",
-        store_prefix=f"{environment['TORCHELASTIC_RUN_ID']}/{restart}",
+        store_is_served=served,
+        # The agent's store outlives a restart; in one of the group's own nodes meet that may have counted differently.
+        store_prefix=f"{environment['TORCHELASTIC_RUN_ID']}/{restart if served else ''}",
         start_method=method,
         restart=restart,
     )
@@ -63,12 +65,15 @@ def main() -> int:
     if nodes > 1 and not config.master_addr:
         raise UsageError(f"--nnodes {nodes} without --master_addr: name the host where the nodes meet")
     if method == "forkserver":
-        start_server()  # it imports while this process does
+        start_server("torch.distributed.elastic.multiprocessing")  # it imports while this process does
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks' watcher tells it in one sentence
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks' watcher tells of a failure in one sentence
     with PortReservation(config.master_port if nodes == 1 else None) as free_port:
         launch = LaunchConfig(nodes.least, nodes, per_node, start_method=method, max_restarts=config.max_restarts)
         launch.monitor_interval = 0.02  # seconds; 0.1 by default, which each restart and each end would wait for
@@ -85,6 +90,8 @@ def main() -> int:
             return max(statuses.values())
         except ChildFailedError:
             return 1
+        except (RendezvousError, DistError) as error:
+            raise RunError(f"elastic.py: no group at {launch.rdzv_endpoint}, where the nodes meet: {one_line(error)}") from None
         except SignalException as stopped:
             return 128 + stopped.sigval
 

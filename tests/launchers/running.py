@@ -44,6 +44,8 @@ def command(launcher: str, world_size: int, *flags: object) -> list[str]:
     path = str(ROOT / "launchers" / f"{file}.py")
     if launcher in ("plain", "spawn"):
         return ["python", path, "--world_size", str(world_size), *words]
+    if launcher == "elastic":
+        return ["python", path, "--nproc_per_node", str(world_size), *words]
     if launcher == "torchrun":
         return ["torchrun", f"--nproc_per_node={world_size}", path, *words]
     mpirun, python = {

@@ -11,6 +11,7 @@ After a rank has died, all are forked again, up to --max_restarts times: nothing
 """
 
 import logging
+import math
 import os
 import sys
 import uuid
@@ -66,6 +67,7 @@ def main() -> int:
         raise UsageError(f"--nnodes {nodes} without --master_addr: name the host where the nodes meet")
     if method == "forkserver":
         start_server("torch.distributed.elastic.multiprocessing")  # it imports while this process does
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or the agent's store prints C++ frames when its node is gone
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -85,6 +87,7 @@ def main() -> int:
             launch.rdzv_backend, launch.run_id = "c10d", "launchlab"
             launch.rdzv_endpoint = f"{config.master_addr}:{config.master_port or 29500}"
             launch.rdzv_configs |= {"last_call_timeout": 2, "keep_alive_interval": 2, "keep_alive_max_attempt": 3}
+            launch.rdzv_configs["join_timeout"] = math.ceil(config.patience(one_node=False))
         try:
             statuses: dict[int, int] = elastic_launch(launch, worker)(config, method)
             return max(statuses.values())

@@ -178,7 +178,9 @@ def node(tmp_path, nodes, port, *flags, **env):
 
 
 def test_two_nodes_go_on_after_a_rank_is_killed(tmp_path, free_port):
-    first, second = (node(tmp_path, 2, free_port) for _ in range(2))
+    first = node(tmp_path, 2, free_port)
+    first.until(lambda: is_listening(free_port), "the nodes' store")
+    second = node(tmp_path, 2, free_port)
     ranks = first.until(lambda: training(tmp_path / "events", 2), "two ranks in one group")
     for victim in (1, 0):
         at = now()
@@ -190,7 +192,12 @@ def test_two_nodes_go_on_after_a_rank_is_killed(tmp_path, free_port):
     alone = second.finish()  # the agent that served the nodes' store is gone
     assert alone.status == 1 and "Traceback" not in alone.err, str(alone)
     assert re.search(rf"^elastic.py: no group at 127.0.0.1:{free_port}, where the nodes meet: ", alone.err, re.M), str(alone)
-    print(first.words, alone)
+
+
+def test_a_node_that_stays_alone_says_so(tmp_path, free_port):
+    ended = node(tmp_path, 2, free_port, "--timeout", 1).finish()
+    assert ended.status == 1, str(ended)
+    assert re.fullmatch(rf"elastic.py: no group at 127.0.0.1:{free_port}, where the nodes meet: .*\n", ended.err), str(ended)
 
 
 def test_a_node_joins_and_is_lost(tmp_path, free_port):

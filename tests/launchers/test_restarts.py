@@ -1,4 +1,4 @@
-"""Restarts: under torchrun and elastic.py a group whose rank was killed forms again, every time, and ends as if nothing had happened."""
+"""Restarts: a group whose rank was killed forms again, every time, and ends as if nothing had happened."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import time
 
 import psutil
 import pytest
-from running import ROOT, Run, command, is_listening, tracebacks_of_ours
+from running import Run, command, is_listening, tracebacks_of_ours
 
 from common import events, now
 
@@ -45,7 +45,9 @@ class Dies(torch.nn.Module):
 def restarting(launcher, world_size, restarts, *flags):
     """The command line of a launcher that starts its ranks again."""
     words = command(launcher, world_size, *flags)
-    return [*words[:1], f"--max_restarts={restarts}", *words[1:]] if launcher == "torchrun" else [*words, "--max_restarts", restarts]
+    return (
+        [*words[:1], f"--max_restarts={restarts}", *words[1:]] if launcher == "torchrun" else [*words, "--max_restarts", restarts]
+    )
 
 
 def dying(tmp_path, launcher, failures, restarts, *flags):

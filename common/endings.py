@@ -54,7 +54,9 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
     reporter = None
     host = socket.gethostname()
     if (rank.world_size > 1 or events) and watch.supported:
-        name = f"{rank.master_addr}:{rank.master_port}/{rank.store_prefix}/{rank.node_rank}" if rank.forms_group else str(events)
+        # The last start's watcher may still be there.
+        group = f"{rank.master_addr}:{rank.master_port}/{rank.store_prefix}/{rank.node_rank}/{rank.restart}"
+        name = group if rank.forms_group else str(events)
         about = {"rank": rank.rank, "host": host, "parents": rank.launchers, "events": events and str(events)}
         reporter = watch.Reporter(name, about)
     try:

@@ -206,7 +206,8 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
                 times[line["phase"]] = line["time"]
             else:
                 about |= line
-        ranks.append(about | {"phases": times})
+        if "rank" in about:  # else it has only just been made
+            ranks.append(about | {"phases": times})
     ranks.sort(key=lambda r: (r["rank"], r["restart"]))
     for about in ranks:
         origin = ranks[0]["phases"].get("command_started", min(ranks[0]["phases"].values(), default=0.0))

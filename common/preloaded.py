@@ -1,22 +1,13 @@
-"""What the fork server imports before it forks a rank: all that the first step needs."""
+"""The last that a fork server imports before it forks ranks: what the first step would import, and the end of the preparations."""
 
-import ctypes
+import encodings.idna  # noqa: F401  for the names of hosts
 import gc
-import os
 import signal
-import sys
 
-# Deaf to Ctrl-C as long as it imports (its parent hears it); afterwards multiprocessing sees to that, and to its ranks.
-before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by common.warm, so that none comes earlier
-if sys.platform == "linux":
-    # It would notice its parent's end only when all is imported, seconds later (PR_SET_PDEATHSIG, prctl(2); forks lose it).
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getsid(os.getppid()) != os.getsid(0):  # it has ended already: whoever adopted this process is of another session
-        sys.exit()
+import numpy.random  # noqa: F401  which NumPy and torch import when they are first asked for it
 
-gc.disable()  # as common.training does
-import common.loop  # noqa: E402, F401
+import common.loop  # noqa: F401
+from common.preloading import before
 
 gc.freeze()  # a collection in a rank would write into every object made here, and so copy the pages that ranks share
 gc.enable()

@@ -28,11 +28,16 @@ def default_start_method() -> str:
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def start_server(config: TrainConfig) -> None:
-    """Starts the server and returns at once: it imports, and loads the data of ``config``, while this process goes on."""
+def start_server(config: TrainConfig, *modules: str) -> None:
+    """Starts the server and returns at once: it imports, and loads the data of ``config``, while this process goes on.
+
+    Args:
+        config: what the ranks will be told.
+        modules: more than every rank needs: what the ranks of this launcher else would import, each of them.
+    """
     folder = Path.cwd()
-    data = ["common.preloaded_digits"] if config.dataset == "digits" else []
-    forkserver.set_forkserver_preload(["common.preloaded", *data])
+    data = ["common.preload_digits"] if config.dataset == "digits" else []
+    forkserver.set_forkserver_preload(["common.preloading", *modules, *data, "common.preloaded"])
     # The server looks for modules in its current folder only (before Python 3.14); the ranks go back to this one.
     os.chdir(Path(__file__).resolve().parents[1])
     resource_tracker.ensure_running()  # first: it unblocks SIGINT

@@ -11,6 +11,7 @@ After a rank has died, all are forked again, up to --max_restarts times: nothing
 """
 
 import logging
+import math
 import os
 import sys
 import uuid
@@ -19,9 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import names
 from common.children import in_words
 from common.config import ELASTIC_FLAGS, TrainConfig, check_world, parse_config
-from common.errors import UsageError, complain, exit_status
+from common.errors import RunError, UsageError, complain, exit_status, one_line
 from common.ports import PortReservation
 from common.rank import Rank
 from common.training import train
@@ -31,6 +33,7 @@ from common.warm import default_start_method, start_server
 def rank_from_elastic(environment: Mapping[str, str], method: str) -> Rank:
     """The rank that the agent's variables describe: torchrun's, set in each process that it starts."""
     restart = int(environment["TORCHELASTIC_RESTART_COUNT"])
+    served = environment["TORCHELASTIC_USE_AGENT_STORE"] == "True"
     return Rank(
         "elastic",
         int(environment["RANK"]),
@@ -40,8 +43,9 @@ def rank_from_elastic(environment: Mapping[str, str], method: str) -> Rank:
         int(environment["GROUP_RANK"]),
         environment["MASTER_ADDR"],
         int(environment["MASTER_PORT"]),
-        store_is_served=environment["TORCHELASTIC_USE_AGENT_STORE"] == "True",
-        store_prefix=f"{environment['TORCHELASTIC_RUN_ID']}/{restart}",
+        store_is_served=served,
+        # The agent's store outlives a restart; in one of the group's own nodes meet that may have counted differently.
+        store_prefix=f"{environment['TORCHELASTIC_RUN_ID']}/{restart if served else ''}",
         start_method=method,
         restart=restart,
     )
@@ -63,16 +67,21 @@ def main() -> int:
     if nodes > 1 and not config.master_addr:
         raise UsageError(f"--nnodes {nodes} without --master_addr: name the host where the nodes meet")
     if method == "forkserver":
-        start_server(config)  # it imports while this process does
+        start_server(config, "torch.distributed.elastic.multiprocessing")  # it imports while this process does
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or the agent's store prints C++ frames when its node is gone
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks' watcher tells it in one sentence
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks' watcher tells of a failure in one sentence
     with PortReservation(config.master_port if nodes == 1 else None) as free_port:
         launch = LaunchConfig(nodes.least, nodes, per_node, start_method=method, max_restarts=config.max_restarts)
         launch.monitor_interval = 0.02  # seconds; 0.1 by default, which each restart and each end would wait for
         if nodes == 1:
+            names.from_files_only()
             launch.rdzv_backend, launch.rdzv_endpoint, launch.run_id = "static", f"127.0.0.1:{free_port}", uuid.uuid4().hex
             launch.rdzv_configs |= {"rank": 0}
         else:  # the same group forms anew after a node has come or gone, which a store of its own each time survives
@@ -80,6 +89,7 @@ def main() -> int:
             launch.rdzv_backend, launch.run_id = "c10d", "launchlab"
             launch.rdzv_endpoint = f"{config.master_addr}:{config.master_port or 29500}"
             launch.rdzv_configs |= {"last_call_timeout": 2, "keep_alive_interval": 2, "keep_alive_max_attempt": 3}
+            launch.rdzv_configs["join_timeout"] = math.ceil(config.patience(one_node=False))
         try:
             statuses: dict[int, int] = elastic_launch(launch, worker)(config, method)
             return max(statuses.values())
@@ -88,6 +98,8 @@ def main() -> int:
             if failure.exitcode != 1:  # with 1 leaves a rank of which the watcher has told
                 complain(f"elastic.py: rank {rank} ended first, with {in_words(failure.exitcode)}.")
             return 1
+        except (RendezvousError, DistError) as error:
+            raise RunError(f"elastic.py: no group at {launch.rdzv_endpoint}, where the nodes meet: {one_line(error)}") from None
         except SignalException as stopped:
             return 128 + stopped.sigval
 

@@ -29,6 +29,8 @@ def rank_from_torchrun(environment: Mapping[str, str]) -> Rank:
             "RANK and WORLD_SIZE are not set: torchrun sets them; type torchrun --nproc_per_node=2 launchers/torchrun.py"
         )
     world_size = rank_number(environment, "WORLD_SIZE")
+    served = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restart = rank_number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
     return Rank(
         "torchrun",
         rank=rank_number(environment, "RANK"),
@@ -38,9 +40,10 @@ def rank_from_torchrun(environment: Mapping[str, str]) -> Rank:
         node_rank=rank_number(environment, "GROUP_RANK", 0),
         master_addr=environment.get("MASTER_ADDR"),
         master_port=rank_number(environment, "MASTER_PORT"),
-        store_is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        store_prefix=f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}",
-        restart=rank_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+        store_is_served=served,
+        # The agent's store outlives a restart; in one of the group's own nodes meet that may have counted differently.
+        store_prefix=f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{restart if served else ''}",
+        restart=restart,
     )
 
 

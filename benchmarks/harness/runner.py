@@ -83,6 +83,11 @@ class Running:
             start_new_session=True,
         )
 
+    @property
+    def ended(self) -> bool:
+        """Whether the command is over, or its time is up."""
+        return self._process.poll() is not None or time.perf_counter() > self._began + self.limit_s
+
     def wait(self) -> Outcome:
         """Until it ends or its time is up. However this is left, no process of it stays."""
         timed_out = False

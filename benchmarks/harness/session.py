@@ -119,6 +119,8 @@ class Session:
     """How to start a job; its files belong into the folder given."""
     read: Callable[[Job, Path, float], dict[str, Any]] = read_launcher
     """What a good run gave, from that folder and the time of its start (``common.now``); RunError if it is not as it should be."""
+    attend: Callable[[Job, Path, Running], dict[str, Any]] | None = None
+    """Instead of awaiting its end: is there while the run goes on, and gives what it found; then the run is stopped."""
     samples: list[Sample] = field(default_factory=list)
 
     def carry_out(self, jobs: Sequence[Job], together: int = 1) -> None:
@@ -138,7 +140,10 @@ class Session:
                         began = now()
                         running.append((job, start, own, began, Running(start.words, self.limit_s, start.variables, start.cwd)))
                     for job, start, own, began, process in running:
-                        sample = self._sample(job, start, own, began, process.wait())
+                        if self.attend:
+                            sample = self._attended(job, start, own, process, self.attend)
+                        else:
+                            sample = self._sample(job, start, own, began, process.wait())
                         self.samples.append(sample)
                         advance(job, done=True, sample=sample)
                 finally:
@@ -184,6 +189,20 @@ class Session:
     def failures(self) -> list[Sample]:
         """The runs that went wrong."""
         return [s for s in self.samples if s.failure]
+
+    def _attended(
+        self, job: Job, start: Start, folder: Path, process: Running, attend: Callable[[Job, Path, Running], dict[str, Any]]
+    ) -> Sample:
+        began = now()
+        try:
+            result = attend(job, folder, process)
+        except RunError as reason:
+            process.kill()
+            failure = f"{job.case.name} ({job.label or job.role}) {reason}\n{process.wait().tail()}"
+            return Sample(job, start.typed, now() - began, None, failure)
+        process.kill()
+        process.wait()
+        return Sample(job, start.typed, now() - began, result)
 
     def _sample(self, job: Job, start: Start, folder: Path, began: float, outcome: Outcome) -> Sample:
         if outcome.timed_out:

@@ -28,14 +28,14 @@ from common.files import write_json
 from common.values import AS_SHIPPED, one_of, positive, whole
 
 SCHEMA_VERSION = 1
+KNOWN = (*cases.LAUNCHERS, "elastic", *cases.PEERS)
 EPOCHS = 2  # enough for a median, and a comparison within five minutes on two cores
 
 
 def parser() -> Parser:
     """The command line."""
     p = Parser("compare.py", "compare.py [flags] [training flags]", __doc__ or "")
-    known = cases.LAUNCHERS + cases.PEERS
-    p.add_argument("--launchers", nargs="+", metavar="NAME", help=f"of {', '.join(known)} (default: the first four)")
+    p.add_argument("--launchers", nargs="+", metavar="NAME", help=f"of {', '.join(KNOWN)} (default: the first four)")
     p.add_argument("--world_sizes", nargs="+", metavar="N", help="numbers of ranks (default: 1 2 4)")
     p.add_argument("--repeats", default="3", metavar="N", help="runs of each (default: 3)")
     p.add_argument("--job", default="digits", metavar="NAME", help=f"of {', '.join(JOBS)} (default: digits)")
@@ -68,8 +68,7 @@ class Comparison:
         given, self.passed_on = parser().parse_known_args(underscored(argv))
         self.batch_sizes = [converted("batch_sizes", n, whole(1)) for n in given.batch_sizes or []]
         launchers = given.launchers or (["torchrun"] if self.batch_sizes else list(cases.LAUNCHERS))
-        known = cases.LAUNCHERS + cases.PEERS
-        self.launchers = list(dict.fromkeys(converted("launchers", name, one_of(*known)) for name in launchers))
+        self.launchers = list(dict.fromkeys(converted("launchers", name, one_of(*KNOWN)) for name in launchers))
         sizes = given.world_sizes or (["1", "2"] if self.batch_sizes else ["1", "2", "4"])
         self.world_sizes = sorted({converted("world_sizes", n, whole(1)) for n in sizes})
         self.repeats: int = converted("repeats", given.repeats, whole(1))

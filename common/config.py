@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import sys
 import textwrap
@@ -284,6 +283,8 @@ def _unknown(word: str, extra: Sequence[str]) -> str:
     name = word.partition("=")[0]
     if name.removeprefix("--") in START_FLAGS:
         return f"{name} is not this launcher's to take (it belongs to another, or to the program that starts this one); see --help"
+    import difflib
+
     near = difflib.get_close_matches(name, flags, n=1)
     return f"{word}: no such flag; " + (f"did you mean {near[0]}?" if near else "see --help")
 

@@ -16,7 +16,7 @@ from common.console import Console, table
 from common.device import choose_device
 from common.errors import RunError
 from common.files import write_json
-from common.process_group import Group, announce, process_group
+from common.process_group import Group, announce, process_group, refused_together
 from common.rank import Rank
 
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL")
@@ -34,7 +34,9 @@ def inspect(config: TrainConfig, rank: Rank) -> None:
     """
     environment, threads = dict(os.environ), torch.get_num_threads()  # before anything here changes them
     console = Console(config, rank)
-    device = choose_device(config, rank)
+    arrival = announce(rank, config)
+    with refused_together(arrival):
+        device = choose_device(config, rank)
     ranks: list[dict[str, Any]] = []
 
     def arrived(group: Group) -> None:
@@ -46,7 +48,7 @@ def inspect(config: TrainConfig, rank: Rank) -> None:
             console.line(screen(ranks), prefix="")
         _exchange(group, "ranks shown", None)  # a rank that fails earlier would have rank 0 ended with it
 
-    with process_group(announce(rank, config), device, arrived) as group:
+    with process_group(arrival, device, arrived) as group:
         told = _exchange(group, "checked", check_collectives(group) if group.meeting else [])
         checks = [Check.of_all(parts) for parts in zip(*told, strict=True)]
         if rank.rank == 0:

@@ -18,7 +18,7 @@ from common.events import Phases
 from common.files import write_json
 from common.gradients import Gradients, average_over
 from common.lean import spare_the_compiler
-from common.process_group import Group, announce, process_group
+from common.process_group import Group, announce, process_group, refused_together
 from common.rank import Rank
 from common.sampling import Distributed, Exact, make_sampler
 
@@ -33,22 +33,22 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
         UsageError: the configuration does not fit this machine or these ranks.
         RunError: a rank did not arrive.
     """
-    check_world(config, rank.world_size)
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
-    device = choose_device(config, rank)
     console = Console(config, rank)
     arrival = announce(rank, config, phases.origin if phases.known else None)
-    # While the others come: what needs none of them.
     shipped = torch.get_num_threads()
-    torch.set_num_threads(config.threads or 1)
-    spare_the_compiler()
-    train_data, eval_data = datasets.load_datasets(config, device, dtype)
-    check_world(config, rank.world_size, len(train_data))
-    model = models.build_model(config).to(device, dtype)
-    job = JOBS[config.job]
-    if (config.model, config.dataset) != (job.model, job.dataset):
-        first = torch.arange(min(2, len(train_data)))
-        models.check_fit(config, model, *datasets.fetch(train_data, first, device, dtype))
+    with refused_together(arrival):  # while the others come: what needs none of them
+        check_world(config, rank.world_size)
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
+        device = choose_device(config, rank)
+        torch.set_num_threads(config.threads or 1)
+        spare_the_compiler()
+        train_data, eval_data = datasets.load_datasets(config, device, dtype)
+        check_world(config, rank.world_size, len(train_data))
+        model = models.build_model(config).to(device, dtype)
+        job = JOBS[config.job]
+        if (config.model, config.dataset) != (job.model, job.dataset):
+            first = torch.arange(min(2, len(train_data)))
+            models.check_fit(config, model, *datasets.fetch(train_data, first, device, dtype))
     with process_group(arrival, device) as group:
         threads = group.threads(config, shipped)
         torch.set_num_threads(threads)

@@ -6,7 +6,11 @@ import signal
 
 import numpy.random  # noqa: F401  which NumPy and torch import when they are first asked for it
 
+import common.children  # noqa: F401  what a launcher file imports, which each rank runs once more
 import common.loop  # noqa: F401
+import common.ports  # noqa: F401
+import common.training  # noqa: F401
+import common.warm  # noqa: F401
 from common.preloading import before
 
 gc.freeze()  # a collection in a rank would write into every object made here, and so copy the pages that ranks share

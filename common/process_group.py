@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -254,6 +254,21 @@ def _wait_for_all(meeting: Meeting, until: float) -> list[dict[str, Any]]:
     return arrivals
 
 
+@contextmanager
+def refused_together(arrival: Arrival) -> Iterator[None]:
+    """What is refused within it is raised once all ranks are there, or will not come: one watcher hears of it and tells it once."""
+    try:
+        yield
+    except UsageError:
+        if meeting := arrival.meeting:
+            with suppress(RunError, RuntimeError):  # who is refused needs no second reason
+                meeting.hear("here", "did not arrive", until=arrival.until)
+                meeting.tell("refused", None)
+                if arrival.rank.rank == 0:  # it may serve the store, which complains at length in those that it leaves
+                    meeting.hear("refused", "was not refused", until=time.monotonic() + 1)
+        raise
+
+
 def _compare_clocks(rank: int, arrivals: list[dict[str, Any]], store: dist.Store) -> Clock:
     """How far this rank's clock is from rank 0's: asks it over the store, and takes the quickest of several answers.
 
@@ -321,9 +336,9 @@ def process_group(arrival: Arrival, device: torch.device, arrived: Callable[[Gro
         yield group
         return
     backend = choose_backend(arrival.config, device)
+    arrivals = _wait_for_all(meeting, arrival.until)
     if backend == "gloo":
         _choose_interface(rank)
-    arrivals = _wait_for_all(meeting, arrival.until)
     group = Group(rank, device, backend, arrivals, _compare_clocks(rank.rank, arrivals, meeting.store), meeting)
     arrived(group)
     dist.init_process_group(

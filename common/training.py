@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import common
 from common import events
@@ -24,12 +25,13 @@ def train(config: TrainConfig, rank: Rank) -> None:
     if config.events:
         phases.write_to(config.events, rank, clock=events.clock_id())
     with watched(rank, phases.path):
+        there = "common.loop" in sys.modules  # in a forked process
         gc.disable()  # imports make objects and no garbage: looking for it takes 7 % of their time
         from common import loop
 
         gc.freeze()  # nor will there be garbage among them later
         gc.enable()
-        phases.mark("torch_imported")
+        phases.mark("torch_imported", common.interpreter_up if there else None)
         if config.inspect:
             from common.inspection import inspect
 

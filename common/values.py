@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 from collections.abc import Callable
 
@@ -89,6 +88,8 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
     def convert(text: str) -> str:
         if text not in choices:
+            import difflib
+
             near = difflib.get_close_matches(text, choices, n=1)
             raise ValueError(f"one of {', '.join(choices)}" + (f" (did you mean {near[0]}?)" if near else ""))
         return text

@@ -13,6 +13,7 @@ After a rank has died, all are forked again, up to --max_restarts times: nothing
 import logging
 import math
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Mapping
@@ -95,7 +96,7 @@ def main() -> int:
             return max(statuses.values())
         except ChildFailedError as failed:
             rank, failure = failed.get_first_failure()
-            if failure.exitcode != 1:  # with 1 leaves a rank of which the watcher has told
+            if failure.exitcode not in (1, -signal.SIGTERM):  # these leave once the watcher has told
                 complain(f"elastic.py: rank {rank} ended first, with {in_words(failure.exitcode)}.")
             return 1
         except (RendezvousError, DistError) as error:

@@ -35,6 +35,7 @@ supported = hasattr(os, "pidfd_open") and hasattr(socket, "AF_UNIX") and sys.pla
 WITHOUT_A_WORD = "ended without a word (killed, or left by os._exit)"
 _PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info), linux/pidfd.h; exit codes since Linux 6.15
 _PIDFD_INFO_EXIT = 1 << 3
+_SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 
 
 # ---------------------------------------------------------------------------------------------------- in a rank
@@ -110,7 +111,7 @@ class _Member:
         self.pid: int = struct.unpack("3i", credentials)[0]
         self.connected = self.alive = True
         try:
-            self.pidfd = os.pidfd_open(self.pid)
+            self.pidfd = _peer_pidfd(connection, self.pid)
         except OSError:  # gone before we were up, and reaped by its parent
             self.alive = False
         self.finished = False
@@ -120,6 +121,13 @@ class _Member:
         if self.alive:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self.pidfd, number)
+
+
+def _peer_pidfd(connection: socket.socket, pid: int) -> int:
+    """A pidfd of who connected; since Linux 6.16 also of one that died before we were up, and was reaped."""
+    with contextlib.suppress(OSError):
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    return os.pidfd_open(pid)
 
 
 def _exit_code_of(pidfd: int) -> int | None:
@@ -270,7 +278,9 @@ class _Watcher:
                 os.write(file, line.encode() + b"\n")
                 os.close(file)
         if not member.finished:
-            self._fail(0, member, {"event": "died", "cause": how_it_ended(member.pidfd, member.pid)})
+            cause = how_it_ended(member.pidfd, member.pid)
+            # A launcher may have been quicker than we to ask the others to leave.
+            self._fail(int(cause.endswith("SIGTERM")), member, {"event": "died", "cause": cause})
 
     def _fail(self, distance: int, member: _Member | None, what: dict[str, Any]) -> None:
         if not self.told:  # afterwards it is our own doing

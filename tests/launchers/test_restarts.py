@@ -15,6 +15,8 @@ from common import events, now
 pytestmark = [pytest.mark.launch, pytest.mark.only_on("linux")]
 
 PROMISED_S = 5.0
+# Before Linux 6.16 nothing tells the watcher how a rank ended that died, and was reaped, before it was up: within a first step.
+MAY_BE_UNSEEN = tuple(int(number) for number in os.uname().release.split(".")[:2]) < (6, 16)
 RESTARTS = 20
 SHORT = ("--job", "random", "--epochs", 1, "--data_size", 256, "--timeout", 30)
 LONG = ("--job", "random", "--epochs", 1_000_000, "--data_size", 256, "--timeout", 30)
@@ -85,7 +87,7 @@ def test_twenty_restarts_in_a_row(tmp_path, launcher, undisturbed):
     assert all(("training_done" in rank["phases"]) == (rank["restart"] == RESTARTS) for rank in ranks)
     # Each death is told, by the right name, and then the new start.
     told = re.findall(r"Rank (\d) on \S+ \(pid \d+\) (?:was killed by SIGKILL|ended without a word)", ended.err)
-    assert told == [str(k % 2) for k in range(RESTARTS)], str(ended)
+    assert len(told) == RESTARTS and (told == [str(k % 2) for k in range(RESTARTS)] or MAY_BE_UNSEEN), str(ended)
     shown = "elastic (forkserver)" if launcher == "elastic" else launcher
     assert re.findall(r"^Launcher (.*), restart (\d+): 2 ranks", ended.out, re.M) == [(shown, str(k + 1)) for k in range(RESTARTS)]
     if launcher == "elastic":
@@ -101,7 +103,7 @@ def test_more_failures_than_restarts_end_the_run(tmp_path, launcher):
     assert ended.status == 1, str(ended)
     assert tracebacks_of_ours(ended) == 0
     told = re.findall(r"Rank (\d) on \S+ \(pid \d+\) (?:was killed by SIGKILL|ended without a word)", ended.err)
-    assert told == ["0", "1"], str(ended)  # one sentence a failure
+    assert len(told) == 2 and (told == ["0", "1"] or MAY_BE_UNSEEN), str(ended)  # one sentence a failure
     if launcher == "elastic":
         assert len(ended.err.splitlines()) == 3 and "elastic.py: rank 1 ended first, with SIGKILL." in ended.err, str(ended)
 

@@ -10,6 +10,7 @@ python elastic.py (the agent: it watches, forms the group anew after a failure, 
 After a rank has died, all are forked again, up to --max_restarts times: nothing is imported again.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -92,6 +93,8 @@ def main() -> int:
             return 1
         except SignalException as stopped:
             return 128 + stopped.sigval
+        finally:
+            gc.freeze()  # as in a rank: the interpreter's last collections would walk all of torch
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ python elastic.py (the agent: it watches, forms the group anew after a failure, 
 After a rank has died, all are forked again, up to --max_restarts times: nothing is imported again.
 """
 
+import gc
 import logging
 import math
 import os
@@ -103,6 +104,8 @@ def main() -> int:
             raise RunError(f"elastic.py: no group at {launch.rdzv_endpoint}, where the nodes meet: {one_line(error)}") from None
         except SignalException as stopped:
             return 128 + stopped.sigval
+        finally:
+            gc.freeze()  # as in a rank: the interpreter's last collections would walk all of torch
 
 
 if __name__ == "__main__":

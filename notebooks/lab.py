@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import socket
+import statistics
 import sys
 import tempfile
 import threading
@@ -175,23 +176,32 @@ class Run:
         return sorted(changed, key=lambda v: [v.get(name, "") for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")])
 
 
-def launch(launcher: str, ranks: int = 1, flags: str = "", threads: int = 1, watch: bool = False, limit_s: float = LIMIT_S) -> Run:
+def launch(
+    launcher: str,
+    ranks: int = 1,
+    flags: str = "",
+    threads: int = 1,
+    watch: bool = False,
+    limit_s: float = LIMIT_S,
+    method: str = "",
+) -> Run:
     """Trains under a launcher as a user would, with ``threads`` a rank, and reads what it measured.
 
     Args:
-        launcher: plain, spawn, torchrun or mpi.
+        launcher: plain, spawn, torchrun, mpi or elastic.
         ranks: the world size.
         flags: of the training, as typed.
         threads: a rank.
         watch: also note the processes and their environments while it runs.
         limit_s: seconds after which the run is stopped.
+        method: spawn's start method; by default its own choice.
 
     Raises:
         RuntimeError: it failed, did not end in time or left processes behind; with its last output.
     """
     with tempfile.TemporaryDirectory(prefix="launchlab-") as folder:
         file = Path(folder, "result.json")
-        words, variables = command(Case(launcher, ranks, threads), shlex.split(flags))
+        words, variables = command(Case(launcher, ranks, threads, method), shlex.split(flags))
         variables = {n: v for n, v in variables.items() if n != "OMP_NUM_THREADS"}  # what torchrun does about it is a lesson
         typed = shown(words)
         output, seconds, seen = run([*words, "--result", str(file)], variables, typed, watch, limit_s)
@@ -201,6 +211,11 @@ def launch(launcher: str, ranks: int = 1, flags: str = "", threads: int = 1, wat
         together = min(p.last for p in made.rank_processes())
         made.processes = [p for p in seen if p.first <= together <= p.last]
     return made
+
+
+def seconds_until(runs: Sequence[Run], phase: str) -> float:
+    """Seconds from the command's start until the slowest rank had done ``phase`` (of ``common.events``): the runs' median."""
+    return statistics.median(float(run.result["phases"][phase]) for run in runs)
 
 
 def run(

@@ -11,6 +11,7 @@ import html
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ if str(ROOT) not in sys.path:
 
 import psutil
 
+from benchmarks.harness import cases
 from benchmarks.harness.cases import Case, command, shown
 from benchmarks.harness.runner import Running
 
@@ -43,6 +45,7 @@ LIMIT_S = 300.0  # of one command; generous, for a machine that has other things
 EVERY_S = 0.25  # between two looks at a run's processes
 WATCHER = Path("common", "watch.py")
 OURS = ("LAUNCHLAB_RUN", "PYTHONUNBUFFERED")  # set by the runner, for every command alike
+START_METHODS = [method for method in cases.START_METHODS if method in multiprocessing.get_all_start_methods()]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

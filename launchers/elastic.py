@@ -10,11 +10,8 @@ python elastic.py (the agent: it watches, forms the group anew after a failure, 
 After a rank has died, all are forked again, up to --max_restarts times: nothing is imported again.
 """
 
-import gc
-import logging
 import math
 import os
-import signal
 import sys
 import uuid
 from collections.abc import Mapping
@@ -23,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import names
-from common.children import in_words
+from common.agent import run_agent
 from common.config import ELASTIC_FLAGS, TrainConfig, check_world, parse_config
-from common.errors import RunError, UsageError, complain, exit_status, one_line
+from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank
 from common.training import train
@@ -70,15 +67,8 @@ def main() -> int:
         raise UsageError(f"--nnodes {nodes} without --master_addr: name the host where the nodes meet")
     if method == "forkserver":
         start_server(config, "torch.distributed.elastic.multiprocessing")  # it imports while this process does
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or the agent's store prints C++ frames when its node is gone
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig
 
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks' watcher tells of a failure in one sentence
     with PortReservation(config.master_port if nodes == 1 else None) as free_port:
         launch = LaunchConfig(nodes.least, nodes, per_node, start_method=method, max_restarts=config.max_restarts)
         launch.monitor_interval = 0.02  # seconds; 0.1 by default, which each restart and each end would wait for
@@ -92,20 +82,7 @@ def main() -> int:
             launch.rdzv_endpoint = f"{config.master_addr}:{config.master_port or 29500}"
             launch.rdzv_configs |= {"last_call_timeout": 2, "keep_alive_interval": 2, "keep_alive_max_attempt": 3}
             launch.rdzv_configs["join_timeout"] = math.ceil(config.patience(one_node=False))
-        try:
-            statuses: dict[int, int] = elastic_launch(launch, worker)(config, method)
-            return max(statuses.values())
-        except ChildFailedError as failed:
-            rank, failure = failed.get_first_failure()
-            if failure.exitcode not in (1, -signal.SIGTERM):  # these leave once the watcher has told
-                complain(f"elastic.py: rank {rank} ended first, with {in_words(failure.exitcode)}.")
-            return 1
-        except (RendezvousError, DistError) as error:
-            raise RunError(f"elastic.py: no group at {launch.rdzv_endpoint}, where the nodes meet: {one_line(error)}") from None
-        except SignalException as stopped:
-            return 128 + stopped.sigval
-        finally:
-            gc.freeze()  # as in a rank: the interpreter's last collections would walk all of torch
+        return run_agent(launch, worker, config, method)
 
 
 if __name__ == "__main__":

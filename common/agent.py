@@ -1,0 +1,50 @@
+"""Running torch-elastic's agent: quiet while the ranks' watcher speaks, and with one sentence for what it says in tracebacks."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from common.children import in_words
+from common.errors import RunError, complain, one_line
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
+
+def run_agent(launch: LaunchConfig, worker: Callable[..., int], *arguments: Any) -> int:
+    """Calls ``elastic_launch(launch, worker)(*arguments)`` and returns the exit status of the run.
+
+    That is the highest of what the workers returned, 1 after a failure that used up the restarts, 128 + N after signal N
+    (https://docs.pytorch.org/docs/stable/elastic/agent.html).
+
+    Raises:
+        RunError: the nodes did not meet.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or the agent's store prints C++ frames when its node is gone
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks' watcher tells of a failure in one sentence
+    try:
+        statuses: dict[int, int] = elastic_launch(launch, worker)(*arguments)
+        return max(statuses.values())
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode not in (1, -signal.SIGTERM):  # these leave once the watcher has told
+            complain(f"elastic.py: rank {rank} ended first, with {in_words(failure.exitcode)}.")
+        return 1
+    except (RendezvousError, DistError) as error:
+        raise RunError(f"elastic.py: no group at {launch.rdzv_endpoint}, where the nodes meet: {one_line(error)}") from None
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    finally:
+        gc.freeze()  # as in a rank: the interpreter's last collections would walk all of torch

@@ -336,9 +336,10 @@ def process_group(arrival: Arrival, device: torch.device, arrived: Callable[[Gro
         yield group
         return
     backend = choose_backend(arrival.config, device)
-    arrivals = _wait_for_all(meeting, arrival.until)
-    if backend == "gloo":
-        _choose_interface(rank)
+    with refused_together(arrival):
+        arrivals = _wait_for_all(meeting, arrival.until)
+        if backend == "gloo":
+            _choose_interface(rank)
     group = Group(rank, device, backend, arrivals, _compare_clocks(rank.rank, arrivals, meeting.store), meeting)
     arrived(group)
     dist.init_process_group(

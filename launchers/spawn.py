@@ -12,6 +12,7 @@ No variables are set: the parent hands everything over as arguments, pickled.
 torch.multiprocessing.spawn does what main() does, once the parent has imported torch too, for which the ranks would wait.
 """
 
+import gc
 import multiprocessing
 import sys
 from pathlib import Path
@@ -82,7 +83,10 @@ def main() -> int:
         except KeyboardInterrupt:  # multiprocessing would wait for those that run
             end(children)
             raise
-        return wait_for_all(children, "spawn.py", [child.process.sentinel for child in children.values()])
+        try:
+            return wait_for_all(children, "spawn.py", [child.process.sentinel for child in children.values()])
+        finally:
+            gc.freeze()  # as in a rank: where this process has imported torch, its last collections would take half a second
 
 
 if __name__ == "__main__":

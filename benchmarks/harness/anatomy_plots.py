@@ -71,7 +71,9 @@ def time_lines(rows: Sequence[PhaseRow], folder: Path, caption: str) -> list[Pat
         title="Where launch time goes: each rank's phases, of each launcher the median run",
         title_fontsize=12,
     )
-    return both(drawn, folder, "anatomy", caption)
+    once = [row.case.title for row in shown if row.case.variant in ("forkserver", "fork") or row.case.launcher == "elastic"]
+    note = f"Under {', '.join(once)} torch is imported once, before the ranks are started. " if once else ""
+    return both(drawn, folder, "anatomy", note + caption)
 
 
 def launch_scaling(points: Sequence[Point], floor: Spread | None, cores: int, folder: Path, caption: str) -> list[Path]:

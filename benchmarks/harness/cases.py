@@ -63,7 +63,7 @@ def _script(folder: str, name: str) -> str:
     """
     path = Path(folder, f"{name}.py")
     if not (REPOSITORY / path).is_file():
-        raise UsageError(f"{path} is not in this checkout: bring it up to date (git pull)")
+        raise UsageError(f"{path} does not exist here (yet): leave it out of --launchers")
     return str(path)
 
 

@@ -113,6 +113,9 @@ def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[i
                 else:
                     time.sleep(0.01)
     except KeyboardInterrupt:
+        until = time.monotonic() + 0.5  # who shares the terminal has heard it too
+        while any(child.poll() is None for child in children.values()) and time.monotonic() < until:
+            time.sleep(0.01)
         end(children, signal.SIGINT)
         return 130
     status = overall(list(ended.values()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +64,9 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        of_many = reporter and rank.world_size > 1
+        if of_many and isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C, from the launcher too, changes nothing
         event, cause = _cause(error)
         explained = event != "failed" or isinstance(error, (RunError, SystemExit))
         trace = "" if explained else "".join(traceback.format_exception(error))
@@ -71,6 +76,9 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
             if event != "interrupted":
                 complain(f"{trace}Rank {rank.rank} on {host} (pid {os.getpid()}) {cause}.")
         if isinstance(error, _CTRL_C):
+            if of_many:  # gloo's threads may ask for the interpreter while it ends, which ends in a crash
+                sys.stdout.flush()
+                os._exit(130)
             raise
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     else:

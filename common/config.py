@@ -35,6 +35,10 @@ JOBS = {
     "random": Job("linear", "random", epochs=5, global_batch_size=64, learning_rate=0.01, data_size=4096),
     "regression": Job("mlp", "regression", epochs=50, global_batch_size=32, learning_rate=0.02, data_size=1024),
 }
+SYNCS = ("ddp", "by_hand", "by_hand_flat", "shared_memory", "mpi", "auto")
+WITH_DDP = ("ddp", "shared_memory", "mpi")  # those that average within DistributedDataParallel
+COMPRESSIONS = ("fp16", "bf16", "int8", "powersgd")
+PRECISIONS = ("fp32", "fp64", "bf16", "fp16")
 # Which flags a built-in part reads, and the job that shows it.
 MODEL_FLAGS: dict[str, tuple[str, ...]] = {"cnn": (), "linear": ("input_size",), "mlp": ("hidden_size",)}
 DATASET_FLAGS: dict[str, tuple[str, ...]] = {
@@ -59,9 +63,10 @@ def flag(
     )
 
 
-COMMON, PARTS, MACHINE, OUTPUT, RANKS = (
+COMMON, PARTS, GRADIENTS, MACHINE, OUTPUT, RANKS = (
     "what to train (the common flags)",
     "parts of the job",
+    "how the ranks' gradients become one",
     "machine",
     "output",
     "starting ranks",
@@ -88,12 +93,27 @@ class TrainConfig:
     data_size: int = flag(PARTS, whole(1), "training samples to generate (jobs random, regression); a quarter more to evaluate")
     sampler: str = flag(
         PARTS,
-        one_of("exact", "distributed"),
-        "exact: every sample once, whatever the rank count; distributed: PyTorch's DistributedSampler, which pads",
+        one_of("exact", "distributed", "uneven"),
+        "exact: every sample once, whatever the rank count; distributed: PyTorch's DistributedSampler, which pads; "
+        "uneven: some ranks have more data than others (Join)",
         "exact",
         "NAME",
     )
-    accumulate: int = flag(PARTS, whole(1), "parts that a rank's share of a step is cut into, one backward pass each", 1)
+
+    sync: str = flag(
+        GRADIENTS,
+        one_of(*SYNCS),
+        "ddp: DistributedDataParallel; by_hand: an all_reduce per parameter; by_hand_flat: one for all; shared_memory: DDP through "
+        "a buffer that one machine's ranks share; mpi: DDP through MPI's Allreduce (mpi.py); auto: the fastest that fits",
+        "ddp",
+        "NAME",
+    )
+    compress: str | None = flag(
+        GRADIENTS, one_of(*COMPRESSIONS), f"send gradients smaller, with --sync ddp: {', '.join(COMPRESSIONS)}", None, "NAME"
+    )
+    bucket_mb: float = flag(GRADIENTS, positive, "gradients that DDP sends together, in MiB", 25.0, "X")
+    find_unused_parameters: bool = flag(GRADIENTS, switch, "for models that do not use every parameter in every step", False)
+    accumulate: int = flag(GRADIENTS, whole(1), "parts that a rank's share of a step is cut into, one backward pass each", 1)
 
     backend: str = flag(MACHINE, one_of("auto", "gloo", "nccl"), "gloo, nccl or auto: nccl for CUDA, else gloo", "auto", "NAME")
     device: str = flag(
@@ -108,7 +128,16 @@ class TrainConfig:
         threads,
         "CPU threads per rank, or as_shipped: what the launcher left (default: this node's usable cores / its ranks)",
     )
-    precision: str = flag(MACHINE, one_of("fp32", "fp64"), "fp32 or fp64: of weights, data and gradients", "fp32", "NAME")
+    precision: str = flag(
+        MACHINE,
+        one_of(*PRECISIONS),
+        "fp32 or fp64: of weights, data and gradients; bf16, fp16: float32 weights, and autocast to it",
+        "fp32",
+        "NAME",
+    )
+    channels_last: bool = flag(MACHINE, switch, "keep pictures and convolutions' weights with the channels last in memory", False)
+    compile: bool = flag(MACHINE, switch, "torch.compile the model (needs a C++ compiler on CPU)", False)
+    sync_batchnorm: bool = flag(MACHINE, switch, "batch statistics over all ranks (CUDA)", False)
     timeout: float | None = flag(
         MACHINE, seconds, "seconds to wait for a missing or silent rank (default: 60 on one node, 600 on several)", None, "S"
     )
@@ -158,6 +187,7 @@ RANK_FLAGS = tuple(
 SPAWN_FLAGS = (*RANK_FLAGS, "start_method")
 ELASTIC_FLAGS = ("nproc_per_node", "nnodes", "max_restarts", "start_method", "master_addr", "master_port")
 START_FLAGS = {*SPAWN_FLAGS, *ELASTIC_FLAGS}
+LAUNCHERS_WITHOUT_MPI = ("plain.py", "spawn.py", "torchrun.py", "elastic.py")
 MASTER_FLAGS = ("master_addr", "master_port")
 OUTPUT_FILES = ("result", "plot", "save")  # checked before anything is started
 OUTPUTS = (*OUTPUT_FILES, "events")
@@ -208,7 +238,7 @@ def _parser(name: str, description: str, extra: Sequence[str]) -> _Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    groups = {title: parser.add_argument_group(title) for title in (COMMON, PARTS, MACHINE, OUTPUT)}
+    groups = {title: parser.add_argument_group(title) for title in (COMMON, PARTS, GRADIENTS, MACHINE, OUTPUT)}
     if extra:
         groups[RANKS] = parser.add_argument_group(RANKS)
     for field_name, spec in FIELDS.items():
@@ -275,7 +305,7 @@ def parse_config(
             values[field_name] = spec.metadata["convert"](text)
         except ValueError as allowed:
             raise UsageError(f"{where} {text}: not allowed; give {allowed}") from None
-    return _resolve(values, given, elastic="max_restarts" in extra)
+    return _resolve(name, values, given, elastic="max_restarts" in extra)
 
 
 def _unknown(word: str, extra: Sequence[str]) -> str:
@@ -289,7 +319,7 @@ def _unknown(word: str, extra: Sequence[str]) -> str:
     return f"{word}: no such flag; " + (f"did you mean {near[0]}?" if near else "see --help")
 
 
-def _resolve(values: dict[str, Any], given: Mapping[str, str], elastic: bool) -> TrainConfig:
+def _resolve(name: str, values: dict[str, Any], given: Mapping[str, str], elastic: bool) -> TrainConfig:
     """Fills in what was not given, and refuses what does not go together."""
     job = JOBS[values.get("job", "digits")]
     if "batch_size" in values and "global_batch_size" in values:
@@ -302,28 +332,47 @@ def _resolve(values: dict[str, Any], given: Mapping[str, str], elastic: bool) ->
         del values["global_batch_size" if "batch_size" in given else "batch_size"]
     elif "batch_size" not in values:
         values.setdefault("global_batch_size", job.global_batch_size)
-    for name in ("model", "dataset", "epochs", "learning_rate"):
-        values.setdefault(name, getattr(job, name))
+    for part_name in ("model", "dataset", "epochs", "learning_rate"):
+        values.setdefault(part_name, getattr(job, part_name))
     used = MODEL_FLAGS.get(values["model"], tuple(FLAG_JOBS)) + DATASET_FLAGS.get(values["dataset"], tuple(FLAG_JOBS))
-    for name, jobs in FLAG_JOBS.items():
-        if name in given and name not in used:
-            raise UsageError(f"{given[name]}: {values['model']} on {values['dataset']} does not use it; it belongs to --job {jobs}")
+    for flag_name, jobs in FLAG_JOBS.items():
+        if flag_name in given and flag_name not in used:
+            raise UsageError(
+                f"{given[flag_name]}: {values['model']} on {values['dataset']} does not use it; it belongs to --job {jobs}"
+            )
     values.setdefault("data_size", job.data_size or JOBS.get(values["dataset"], JOBS["random"]).data_size)
     config = TrainConfig(**values)
     if config.nnodes.least < config.nnodes and not elastic:
         raise UsageError(f"--nnodes {config.nnodes.least}:{config.nnodes}: only elastic.py takes a range; give one number of nodes")
-    for name in OUTPUT_FILES:
-        if config.inspect and name != "result" and name in given:
+    _check_gradients(name, config, given)
+    for output in OUTPUT_FILES:
+        if config.inspect and output != "result" and output in given:
             raise UsageError(
-                f"{given[name]} with --inspect: nothing is trained, so there is nothing to write; leave one of them out"
+                f"{given[output]} with --inspect: nothing is trained, so there is nothing to write; leave one of them out"
             )
-        if path := getattr(config, name):
-            check_writable(f"--{name} {path}", Path(path))
+        if path := getattr(config, output):
+            check_writable(f"--{output} {path}", Path(path))
     if config.events and Path(config.events).exists() and not Path(config.events).is_dir():
         raise UsageError(f"--events {config.events}: is a file; name a folder")
     if config.plot and Path(config.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {config.plot}: not a picture; name it .png, .svg or .pdf")
     return config
+
+
+def _check_gradients(name: str, config: TrainConfig, given: Mapping[str, str]) -> None:
+    """Refuses ways of averaging that do not go together."""
+    if config.sync == "mpi" and name in LAUNCHERS_WITHOUT_MPI:
+        raise UsageError(
+            f"--sync mpi under {name}: its ranks are in no MPI world; start launchers/mpi.py with mpirun, or give --sync "
+            "shared_memory (one machine) or ddp"
+        )
+    if config.compress and config.sync not in ("ddp", "auto"):
+        raise UsageError(
+            f"--compress {config.compress} with --sync {config.sync}: only ddp sends gradients smaller; leave one of them out"
+        )
+    for flag_name in ("bucket_mb", "find_unused_parameters"):
+        if flag_name in given and config.sync in ("by_hand", "by_hand_flat"):
+            raise UsageError(f"--{flag_name} with --sync {config.sync}: it is DistributedDataParallel's; leave one of them out")
 
 
 def check_writable(what: str, path: Path) -> None:

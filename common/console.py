@@ -13,6 +13,7 @@ from torch import nn
 
 from common import models
 from common.config import TrainConfig
+from common.gradients import Way
 from common.process_group import Group
 from common.rank import Rank
 
@@ -57,6 +58,13 @@ class Console:
                 f"learning rate {c.learning_rate:g}, {c.precision}, seed {c.seed}, sampler {c.sampler}\n"
                 f"Batch: {batch} samples a step, {per_rank:g} per rank and forward pass"
             )
+
+    def way(self, way: Way) -> None:
+        """Rank 0 tells how gradients become one."""
+        if self.rank.rank == 0 and self.rank.world_size > 1:
+            compressed = f", sent as {self.config.compress}" if self.config.compress else ""
+            chosen = f" (--sync {self.config.sync}: {way.reason})" if way.reason else ""
+            self.line(f"Gradients: {way.name}{compressed}{chosen}")
 
     def model(self, model: nn.Module) -> None:
         """Rank 0 shows the model."""

@@ -1,16 +1,25 @@
-"""How the gradients of N ranks become one."""
+"""How the gradients of N ranks become one: the ways of ``--sync``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common import shared_memory
+from common.config import MODEL_FLAGS, WITH_DDP, TrainConfig
+from common.errors import UsageError
 from common.process_group import Group
+from common.rank import Rank
+
+Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[Tensor]]
+"""DDP's communication hook: gets a bucket of this rank's gradients, gives their mean over the ranks."""
 
 
 class Gradients(Protocol):
@@ -25,6 +34,10 @@ class Gradients(Protocol):
 
     def finish(self) -> None:
         """After the step's last backward: every parameter's gradient is the mean over the ranks when it returns."""
+        ...
+
+    def close(self) -> None:
+        """After the last step: gives back what it holds."""
         ...
 
 
@@ -42,14 +55,93 @@ class Alone:
     def finish(self) -> None:
         """Nothing to do."""
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class ByHand:
+    """What data parallel training is: after backward, every gradient is summed over the ranks and divided by their number."""
+
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        """Starts all ranks from rank 0's parameters and buffers."""
+        self.model, self.world_size = model, group.rank.world_size
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Nothing happens before ``finish`` anyway."""
+        return nullcontext()
+
+    def finish(self) -> None:
+        """An all-reduce per parameter."""
+        for parameter in self.parameters:
+            if parameter.grad is None:  # not used by this rank; the others wait for its part all the same
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.world_size
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class ByHandFlat:
+    """The same with one all-reduce: the gradients are laid into one long vector.
+
+    It travels through the CPU where the backend cannot move the device's tensors (MPS under gloo).
+    """
+
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        """Starts all ranks from rank 0's parameters and buffers."""
+        self.model, self.world_size = model, group.rank.world_size
+        self.carrier = torch.device("cpu") if group.device.type == "mps" else group.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        for tensor in [*model.parameters(), *model.buffers()]:
+            carried = tensor.detach().to(self.carrier)
+            dist.broadcast(carried, src=0)
+            tensor.data.copy_(carried)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Nothing happens before ``finish`` anyway."""
+        return nullcontext()
+
+    def finish(self) -> None:
+        """One all-reduce of everything."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = torch.cat([g.flatten() for g in grads]).to(self.carrier)
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.device)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
 
 class DDP:
     """DistributedDataParallel: all-reduces buckets of gradients while backward goes on (Li et al., VLDB 2020, arXiv:2006.15704)."""
 
-    def __init__(self, model: nn.Module, group: Group) -> None:
-        """Wraps ``model``; the gradients live in the buckets, so nothing is copied back."""
-        device_ids = [group.device] if group.device.type == "cuda" else None
-        self.wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    def __init__(self, model: nn.Module, group: Group, config: TrainConfig, hook: Hook | None = None, state: Any = None) -> None:
+        """Wraps ``model``; the gradients live in the buckets, so nothing is copied back.
+
+        Args:
+            model: the model.
+            group: who averages.
+            config: bucket_mb, find_unused_parameters.
+            hook: averages a bucket instead of the backend's all-reduce.
+            state: the hook's first argument; its ``close``, if it has one, is called after the last step.
+        """
+        self.state = state
+        self.wrapped = DistributedDataParallel(
+            model,
+            device_ids=[group.device] if group.device.type == "cuda" else None,
+            bucket_cap_mb=config.bucket_mb,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=config.find_unused_parameters,
+            static_graph=_same_every_step(config),
+        )
+        if hook:
+            self.wrapped.register_comm_hook(state, hook)
         self.model: nn.Module = self.wrapped
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -59,37 +151,73 @@ class DDP:
     def finish(self) -> None:
         """DDP has averaged within backward."""
 
-
-class ThroughCpu:
-    """For devices whose tensors the backend cannot move (MPS under gloo): one flat all-reduce of a copy on the CPU."""
-
-    def __init__(self, model: nn.Module, group: Group) -> None:
-        """Starts all ranks from rank 0's parameters and buffers."""
-        self.model, self.world_size = model, group.rank.world_size
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        for tensor in [*model.parameters(), *model.buffers()]:
-            copy = tensor.detach().cpu()
-            dist.broadcast(copy, src=0)
-            tensor.data.copy_(copy)
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Nothing happens before ``finish`` anyway."""
-        return nullcontext()
-
-    def finish(self) -> None:
-        """Averages the gradients."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = torch.cat([g.detach().flatten().cpu() for g in grads])
-        dist.all_reduce(flat)
-        flat /= self.world_size
-        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.grad = part.view_as(parameter).to(parameter.device)
+    def close(self) -> None:
+        """Closes the hook's state."""
+        if hasattr(self.state, "close"):
+            self.state.close()
 
 
-def average_over(group: Group, model: nn.Module) -> Gradients:
-    """The way that fits the group's size and device."""
+def _same_every_step(config: TrainConfig) -> bool:
+    """Whether each step uses the same parameters in the same order: known of the built-in models only."""
+    return (
+        config.model in MODEL_FLAGS and config.accumulate == 1 and config.sampler != "uneven" and not config.find_unused_parameters
+    )
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run averages its gradients."""
+
+    name: str
+    """One of ``SYNCS``, never auto."""
+    reason: str = ""
+    """Why, where ``--sync auto`` chose it."""
+
+
+def choose_way(config: TrainConfig, rank: Rank, device: torch.device) -> Way:
+    """What ``--sync`` says, or for auto the fastest way that fits ``rank`` and ``device``.
+
+    Raises:
+        UsageError: the way does not fit.
+    """
+    obstacle = shared_memory.obstacle(rank, device)
+    if config.sync == "auto":
+        if config.compress:
+            return Way("ddp", "--compress is its")
+        if rank.world_size == 1:
+            return Way("ddp", "one rank has nothing to average")
+        if not obstacle:
+            return Way("shared_memory", "all ranks are on this machine")
+        if rank.launcher == "mpi" and device.type == "cpu":
+            return Way("mpi", obstacle)
+        return Way("ddp", obstacle)
+    if config.sync == "shared_memory" and obstacle:
+        raise UsageError(f"--sync shared_memory: {obstacle}; give --sync ddp, or auto")
+    if config.sync == "mpi" and device.type != "cpu":
+        raise UsageError(
+            f"--sync mpi on {device.type}: MPI here moves what is in the machine's memory; give --device cpu, or --sync ddp"
+        )
+    if config.sync in WITH_DDP and device.type == "mps" and rank.world_size > 1:
+        return Way("by_hand_flat", "gloo cannot move what is on an Apple GPU")
+    return Way(config.sync)
+
+
+def average_over(group: Group, model: nn.Module, config: TrainConfig, way: Way) -> Gradients:
+    """Sets ``way`` up for ``model``."""
     if group.rank.world_size == 1:
         return Alone(model)
-    if group.device.type == "mps":
-        return ThroughCpu(model, group)
-    return DDP(model, group)
+    if way.name == "by_hand":
+        return ByHand(model, group)
+    if way.name == "by_hand_flat":
+        return ByHandFlat(model, group)
+    if way.name == "shared_memory":
+        return DDP(model, group, config, *shared_memory.hook(group, model))
+    if way.name == "mpi":
+        from common import mpi_allreduce
+
+        return DDP(model, group, config, *mpi_allreduce.hook(group))
+    if config.compress:
+        from common import compression
+
+        return DDP(model, group, config, *compression.hook(config.compress, group))
+    return DDP(model, group, config)

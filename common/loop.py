@@ -16,7 +16,7 @@ from common.console import Console
 from common.device import choose_device, peak_memory_bytes, shared_out_memory_bytes, wait_for
 from common.events import Phases
 from common.files import write_json
-from common.gradients import Gradients, average_over
+from common.gradients import Gradients, Way, average_over, choose_way
 from common.lean import spare_the_compiler
 from common.process_group import Group, announce, process_group, refused_together
 from common.rank import Rank
@@ -40,6 +40,7 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
         check_world(config, rank.world_size)
         dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
         device = choose_device(config, rank)
+        way = choose_way(config, rank, device)
         torch.set_num_threads(config.threads or 1)
         spare_the_compiler()
         train_data, eval_data = datasets.load_datasets(config, device, dtype)
@@ -54,8 +55,9 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
         torch.set_num_threads(threads)
         phases.joined(group.clock.offset_seconds, group.clock.round_trip_seconds, group.arrivals[0]["command_started"], threads)
         console.joined(group, threads)
+        console.way(way)
         console.model(model)
-        training = _Run(config, group, console, phases, model, train_data, eval_data, device, dtype)
+        training = _Run(config, group, console, phases, model, way, train_data, eval_data, device, dtype)
         training.epochs()
         training.report(threads, shipped)
     phases.mark("group_left")
@@ -70,6 +72,7 @@ class _Run:
     console: Console
     phases: Phases
     model: nn.Module
+    way: Way
     train_data: datasets.Dataset
     eval_data: datasets.Dataset
     device: torch.device
@@ -88,7 +91,7 @@ class _Run:
         rank = self.group.rank
         sampler = make_sampler(self.config, len(self.train_data), rank)
         with_labels = models.takes_labels(self.model)
-        gradients = average_over(self.group, self.model)
+        gradients = average_over(self.group, self.model, self.config, self.way)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=self.config.learning_rate, momentum=MOMENTUM)
         self.phases.mark("model_built")
         for epoch in range(self.config.epochs):
@@ -101,6 +104,7 @@ class _Run:
             self.eval_seconds += now() - trained
             self.epoch_end_seconds.append(self.phases.now() - self.phases.marks["first_step_done"])
             self._note_epoch(epoch, sampler, totals)
+        gradients.close()
         self.phases.mark("training_done")
         self.samples_after_first_step = sampler.samples_per_epoch * self.config.epochs - int(sampler.batch_samples()[0])
 
@@ -198,6 +202,11 @@ class _Run:
                 "dataset": config.dataset,
                 "precision": config.precision,
                 "sampler": config.sampler,
+                "sync": self.way.name,
+                "sync_asked": config.sync,
+                "compress": config.compress,
+                "bucket_mb": config.bucket_mb,
+                "accumulate": config.accumulate,
                 "global_batch_size": config.global_batch(rank.world_size),
                 "learning_rate": config.learning_rate,
                 "epochs": config.epochs,

@@ -60,7 +60,10 @@ class Alone:
 
 
 class ByHand:
-    """What data parallel training is: after backward, every gradient is summed over the ranks and divided by their number."""
+    """What data parallel training is: after backward, every gradient is summed over the ranks and divided by their number.
+
+    A parameter that no rank has used gets a gradient of zero, where DDP with find_unused_parameters leaves it without one.
+    """
 
     def __init__(self, model: nn.Module, group: Group) -> None:
         """Starts all ranks from rank 0's parameters and buffers."""

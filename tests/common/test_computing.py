@@ -1,5 +1,8 @@
 """Half precision, layouts in memory, fused and compiled kernels: the numbers stay what they must be."""
 
+import json
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +10,10 @@ from torch import nn
 from common import acceleration, models
 from common.config import check_world, parse_config
 from common.gradients import choose_way
+from common.ports import PortReservation
 from common.precision import Precision
 from common.rank import Rank
-from tests.common.helpers import refusal
+from tests.common.helpers import ROOT, end_group, refusal, run, start
 
 CPU = torch.device("cpu")
 
@@ -172,6 +176,61 @@ def test_sync_batchnorm_needs_cuda_and_batchnorm():
     assert "no BatchNorm" in refusal(acceleration.with_common_statistics, nn.Linear(2, 2))
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     assert isinstance(acceleration.with_common_statistics(model)[1], nn.SyncBatchNorm)
+
+
+TWO_ON_ONE_GPU = """
+import sys
+import torch
+from common import acceleration
+from common.config import parse_config
+from common.gradients import DDP, ByHand
+from common.process_group import announce, process_group
+from common.rank import Rank
+number, port, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+config = parse_config("test.py", argv=["--timeout", "60", "--backend", "gloo", "--sync_batchnorm"], environment={})
+device = torch.device("cuda", 0)
+x = torch.linspace(-2, 3, 35, dtype=torch.float64, device=device).view(5, 7) ** 2
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(7, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)).to(device, torch.float64)
+
+with process_group(announce(Rank("test", number, 2, number, 2, 0, "127.0.0.1", port), config), device) as group:
+    model = acceleration.with_common_statistics(net())
+    gradients = DDP(model, group, config) if kind == "ddp" else ByHand(model, group)
+    mine = x[:2] if number == 0 else x[2:]  # 2 and 3 of the 5 samples
+    (gradients.model(mine).square().mean() * len(mine) * 2 / len(x)).backward()
+    gradients.finish()
+    alone = net()
+    alone(x).square().mean().backward()
+    for one, other in zip(model.parameters(), alone.parameters()):
+        torch.testing.assert_close(one.grad, other.grad)
+    torch.testing.assert_close(model[1].running_mean, alone[1].running_mean)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ("ddp", "by_hand"))
+def test_two_ranks_normalise_as_one_does(kind):
+    with PortReservation(0) as port:
+        children = [start([sys.executable, "-c", TWO_ON_ONE_GPU, str(number), str(port), kind]) for number in (0, 1)]
+        try:
+            outputs = [child.communicate(timeout=120) for child in children]
+        finally:
+            for child in children:
+                end_group(child)
+    assert [child.returncode for child in children] == [0, 0], outputs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", ("--precision bf16 --channels_last", "--precision fp16", "--compile", "--precision fp64"))
+def test_the_digits_are_learned_on_cuda(tmp_path, flags):
+    words = [sys.executable, str(ROOT / "launchers/plain.py"), "--device", "cuda", "--epochs", "6", *flags.split()]
+    status, out, err = run([*words, "--result", str(tmp_path / "r.json")], limit=300)
+    assert status == 0, err
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["eval_accuracy"][-1] > 0.9 and result["device"] == "cuda"
+    assert result["fused_optimizer"] is ("fp16" not in flags)
 
 
 # -------------------------------------------------------------------------------------------------------- refusals

@@ -167,6 +167,56 @@ def test_a_first_step_left_out_by_fp16_leaves_no_momentum():
     assert torch.equal(model.weight, torch.full_like(model.weight, 0.5))
 
 
+# ----------------------------------------------------------------------------------------------- unevenly many steps
+
+UNEVEN = """
+import json, sys
+import torch
+from common import acceleration
+from common.config import parse_config
+from common.gradients import DDP
+from common.precision import Precision
+from common.process_group import announce, process_group
+from common.rank import Rank
+from common.uneven import join
+number, port = map(int, sys.argv[1:])
+torch.set_num_threads(1)
+config = parse_config("test.py", argv="--timeout 30 --precision fp16 --lr 0.001 --sampler uneven".split(), environment={})
+cpu = torch.device("cpu")
+with process_group(announce(Rank("test", number, 3, number, 3, 0, "127.0.0.1", port), config), cpu) as group:
+    model, precision = torch.nn.Linear(1, 1, bias=False), Precision(config, cpu)
+    gradients, optimizer, told = DDP(model, group, config), acceleration.sgd(model, config), []
+    for epoch in range(2):
+        with join(gradients.wrapped, optimizer, precision):
+            for step in range(1 + number):  # 1, 2 and 3 steps; too large for fp16 in the first epoch
+                optimizer.zero_grad()
+                with precision.autocast():
+                    loss = gradients.model(torch.ones(1, 1)).float().sum() * (1.0 if epoch else 1e6)
+                precision.backward(loss)
+                precision.step(optimizer)
+        momentum = [state["momentum_buffer"].item() for state in optimizer.state.values()]
+        told.append([precision.scaler.get_scale(), momentum, model.weight.item()])
+    group.sum(torch.zeros(1, dtype=torch.float64))  # waits for gloo's threads, as a run's report does
+    print(json.dumps(told))
+"""
+
+
+def test_ranks_that_ended_early_take_over_momentum_and_scale():
+    with PortReservation(0) as port:
+        children = [start([sys.executable, "-W", "error", "-c", UNEVEN, str(number), str(port)]) for number in range(3)]
+        try:
+            outputs = [child.communicate(timeout=50) for child in children]
+        finally:
+            for child in children:
+                end_group(child)
+    assert [child.returncode for child in children] == [0, 0, 0], outputs
+    told = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    assert told[0] == told[1] == told[2]
+    assert told[0][0][:2] == [2.0**13, [0.0]]  # three overflows, of which rank 0 saw one
+    scale, (momentum,), _ = told[0][1]
+    assert scale == 2.0**13 and momentum == pytest.approx(0.81 * 1 + 0.9 * 2 / 3 + 1 / 3)  # as many ranks had data: 3, 2, 1
+
+
 # -------------------------------------------------------------------------------------------------- batch statistics
 
 

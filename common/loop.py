@@ -21,6 +21,7 @@ from common.lean import spare_the_compiler
 from common.process_group import Group, announce, process_group, refused_together
 from common.rank import Rank
 from common.sampling import Distributed, Exact, make_sampler
+from common.steps import Untimed, step_times, told
 
 EVAL_BATCH = 512  # samples a forward pass without gradients
 MOMENTUM = 0.9
@@ -81,6 +82,7 @@ class _Run:
     train_loss: list[float] = field(default_factory=list)
     eval_loss: list[float] = field(default_factory=list)
     eval_accuracy: list[float | None] = field(default_factory=list)
+    times: Untimed = field(default_factory=Untimed)
     step_seconds: float = 0.0  # in training steps after the first
     eval_seconds: float = 0.0
     samples_after_first_step: int = 0
@@ -91,7 +93,8 @@ class _Run:
         rank = self.group.rank
         sampler = make_sampler(self.config, len(self.train_data), rank)
         with_labels = models.takes_labels(self.model)
-        gradients = average_over(self.group, self.model, self.config, self.way)
+        self.times = step_times(self.config, self.group, self.way)
+        gradients = self.times.around(average_over(self.group, self.model, self.config, self.way))
         optimizer = torch.optim.SGD(self.model.parameters(), lr=self.config.learning_rate, momentum=MOMENTUM)
         self.phases.mark("model_built")
         for epoch in range(self.config.epochs):
@@ -113,19 +116,26 @@ class _Run:
     ) -> Tensor:
         """One pass over this rank's share; returns its summed loss per step, shape (steps,), on the device."""
         sums = torch.zeros(sampler.steps, device=self.device, dtype=self.dtype)
-        log_every = self.config.log_every
+        log_every, times = self.config.log_every, self.times
         self.model.train()
         began = now()
-        for step, shares in enumerate(sampler.epoch(epoch)):
+        for step, shares in enumerate(times.steps(sampler.epoch(epoch))):
             optimizer.zero_grad(set_to_none=True)
+            times.mark("optimizer")
             for number, share in enumerate(shares, 1):
-                with gradients.no_sync() if number < len(shares) else nullcontext():
+                with gradients.no_sync() if number < len(shares) or times.probing else nullcontext():
                     x, y = datasets.fetch(self.train_data, share.indices, self.device, self.dtype)
+                    times.mark("data")
                     loss, _ = models.loss_and_logits(gradients.model, with_labels, x, y)
+                    times.mark("forward")
                     (loss * share.weight).backward()
+                    times.mark("backward")
                 sums[step] += loss.detach() * share.samples
+                times.mark("rest")
             gradients.finish()
+            times.mark("communication")
             optimizer.step()
+            times.mark("optimizer")
             if epoch == step == 0:
                 wait_for(self.device)
                 self.phases.mark("first_step_done")
@@ -176,6 +186,9 @@ class _Run:
         rate = self.samples_after_first_step / step_seconds if self.samples_after_first_step and step_seconds else None
         launch_seconds = slowest["first_step_done"] if self.phases.known else None
         self.console.summary(train_seconds, rate, launch_seconds)
+        steps = self.times.gathered()
+        if steps and not self.group.rank.rank:
+            self.console.line(told(steps))
         if self.group.rank.rank:
             return
         config, rank = self.config, self.group.rank
@@ -223,6 +236,7 @@ class _Run:
                 "train_seconds": train_seconds,
                 "step_seconds": step_seconds,
                 "eval_seconds": eval_seconds,
+                "step_times": steps,
                 "epoch_end_seconds": self.epoch_end_seconds,
                 "samples_per_second": rate,
                 "launch_seconds": launch_seconds,

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks.harness import cases, machine, plots, report, summary
 from benchmarks.harness.cases import Case
-from benchmarks.harness.command_line import Parser, converted, output_folder, refuse_taken
+from benchmarks.harness.command_line import Parser, converted, output_folder, refuse_taken, without
 from benchmarks.harness.session import Job, Session
 from benchmarks.harness.statistics import Spread, spread
 from common.config import JOBS, TrainConfig, check_world, parse_config, underscored
@@ -116,10 +116,10 @@ class Comparison:
         per_rank = self.config.batch_size or JOBS[self.config.job].global_batch_size
         flags = [w for w in self.flags]
         if self.config.batch_size is None or single_process:
-            flags = _without(flags, "--batch_size")
+            flags = without(flags, "--batch_size")
             flags += ["--global_batch_size", str(per_rank * world_size)] if single_process else ["--batch_size", str(per_rank)]
         # N times as many ranks share the data: as much work for each takes N times as many passes.
-        return [*_without(flags, "--epochs"), "--epochs", str(self.config.epochs * world_size)]
+        return [*without(flags, "--epochs"), "--epochs", str(self.config.epochs * world_size)]
 
     def cases(self) -> list[Case]:
         """What is compared, launcher by launcher."""
@@ -148,13 +148,13 @@ class Comparison:
             return []
         for n in self.world_sizes if self.weak else [1]:
             short = ("--precision", "fp64", "--epochs", "1")
-            base = _without(_without(self.flags_for(n, single_process=True), "--epochs"), "--precision")
+            base = without(without(self.flags_for(n, single_process=True), "--epochs"), "--precision")
             jobs.append(Job(one, "fp64 reference", (*base, *short), label=f"float64 reference for {n}"))
             if self.weak:
                 jobs.append(Job(one, "reference", tuple(self.flags_for(n, single_process=True)), label=f"reference for {n}"))
         for case in self.cases():
             if case.launcher not in cases.PEERS:
-                base = _without(_without(self.flags_for(case.world_size), "--epochs"), "--precision")
+                base = without(without(self.flags_for(case.world_size), "--epochs"), "--precision")
                 jobs.append(Job(case, "fp64", (*base, "--precision", "fp64", "--epochs", "1"), label="float64"))
         if not self.weak and max(self.world_sizes) > 1 and self.config.sampler == "exact":
             n = max(self.world_sizes)
@@ -169,24 +169,11 @@ class Comparison:
                 for size in self.batch_sizes:
                     factor = size * case.world_size / (self.batch_sizes[0] * self.world_sizes[0])
                     rate = self.config.learning_rate * (factor if self.rule == "linear" else 1.0)
-                    flags = _without(_without(self.flags, "--lr"), "--learning_rate")
+                    flags = without(without(self.flags, "--lr"), "--learning_rate")
                     flags = [*flags, "--batch_size", str(size), "--lr", f"{rate:.6g}"]
                     check_world(parse_config("compare.py", argv=flags), case.world_size)
                     jobs.append(Job(case, "batch", tuple(flags), repeat, f"batch size {size}"))
         return jobs
-
-
-def _without(flags: list[str], name: str) -> list[str]:
-    """``flags`` less ``name`` and its value."""
-    out, skip = [], False
-    for word in flags:
-        if skip:
-            skip = False
-        elif word == name:
-            skip = True
-        elif not word.startswith(f"{name}="):
-            out.append(word)
-    return out
 
 
 def record(asked: Comparison, session: Session, about: dict[str, Any], rows: list[dict[str, Any]], complete: bool) -> Path:

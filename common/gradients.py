@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -141,6 +141,7 @@ class DDP:
             static_graph=_same_every_step(config),
         )
         if hook:
+            hook.__annotations__ = get_type_hints(hook)  # DDP compares the types, not their names
             self.wrapped.register_comm_hook(state, hook)
         self.model: nn.Module = self.wrapped
 

@@ -37,8 +37,8 @@ TITLES = {Case(name, 1, 1, v).title: (name, v) for name in cases.ALL_LAUNCHERS f
 EXPLAINED = (
     "Communication is what backward does not hide: for DDP's ways a rank's backward less its backward without averaging, which "
     "every fourth step measures. It holds waiting for a slower rank. Each part is a median of its own, so they add up to the step "
-    "roughly. " + " ".join(f"{way.replace('_', ' ').capitalize()}: {text}." for way, text in REFERENCES.items()) + " Below, a step "
-    "is the slowest rank's, and ratios are taken within a repeat.\n"
+    "roughly.\n" + " ".join(f"{way.replace('_', ' ').capitalize()}: {text}." for way, text in REFERENCES.items()) + " Below, a "
+    "step is the slowest rank's, and ratios are taken within a repeat.\n"
 )
 
 

@@ -127,10 +127,11 @@ def batch_sizes(batch: int, smallest: int = 1) -> list[int]:
         smallest: where a small batch would take too long.
     """
     wanted = {max(smallest, -(-batch // part)) for part in (4, 16, 64)} - {batch}
-    for other in range(smallest, batch):
+    for other in (-(-batch // 2), *range(smallest, batch)):
         if len(wanted) >= FEWEST_SIZES - 1:
             break
-        wanted.add(other)
+        if smallest <= other < batch:
+            wanted.add(other)
     return sorted(wanted, reverse=True) if len(wanted) >= FEWEST_SIZES - 1 else []
 
 
@@ -310,9 +311,14 @@ def sentences(found: Prediction) -> list[str]:
 def described(model: Model) -> str:
     """The model in one sentence."""
     fixed, rate = model.compute.alpha_s * 1e3, 1e6 / model.compute.beta_bytes_per_s
-    step = f"{fixed:.3g} ms" if model.weak else f"{fixed:.3g} ms and {rate:.3g} µs a sample"
+    step = f"{_three(fixed)} ms" if model.weak else f"{_three(fixed)} ms and {_three(rate)} µs a sample"
     batch = f"{model.batch} samples a rank" if model.weak else f"{model.batch} samples over all ranks, at least 1 each"
     return f"One process's step takes {step}; a step has {batch}; a rank sends {model.gradient_bytes:,.0f} bytes of gradients."
+
+
+def _three(value: float) -> str:
+    """Three digits or more, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def parse_links(texts: Sequence[str]) -> list[Link]:

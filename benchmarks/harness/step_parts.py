@@ -107,19 +107,20 @@ class Ratio:
     measured: Measured
     step: Spread
     below_ddp: Spread | None
-    """How many times less than ddp's under the same number of ranks, over the backend; None for ddp itself."""
+    """How many times less than ddp's with as many ranks; None for ddp itself."""
     against: dict[str, Spread]
     """Times each of ``REFERENCES``."""
 
     def sentence(self) -> str:
         """In words."""
         words = []
-        if self.below_ddp:
-            words.append(f"ddp's {self.below_ddp.text()} times as long")
-        words += [f"that is {ratio.text()} times the step of {REFERENCES[name]}" for name, ratio in self.against.items()]
+        if below := self.below_ddp:
+            above = Spread(1 / below.median, 1 / below.high, 1 / below.low, below.samples)
+            words.append(f"{below.text()} times below ddp's" if below.median >= 1 else f"{above.text()} times above ddp's")
+        words += [f"{ratio.text()} times {name.replace('_', ' ')}" for name, ratio in self.against.items()]
         ms = Spread(self.step.median * 1e3, self.step.low * 1e3, self.step.high * 1e3, self.step.samples)
-        tail = ", " + "; ".join(words) if words else ""
-        return f"{self.measured.job}, {self.measured.ranks} ranks, {self.measured.title}: a step takes {ms.text(3)} ms{tail}."
+        m = self.measured
+        return f"{m.job}, {m.ranks} ranks, {m.title}: a step takes {ms.text(3)} ms{': ' if words else ''}{', '.join(words)}."
 
     def as_json(self) -> dict[str, Any]:
         """For a result file."""
@@ -157,11 +158,13 @@ def targets(found: Sequence[Ratio]) -> list[str]:
         m = ratio.measured
         if m.job != "random" or m.ranks != 2 or m.way not in ("shared_memory", "mpi") or not ratio.below_ddp:
             continue
+        words = [f"{FEWER_AT_LEAST:g} times below ddp's: {_reached(ratio.below_ddp.median >= FEWER_AT_LEAST, ratio.below_ddp)}"]
         for name, against in ratio.against.items():
-            enough = ratio.below_ddp.median >= FEWER_AT_LEAST
-            near = against.median <= AGAINST_ALONE_AT_MOST
-            told.append(
-                f"{m.title}: {FEWER_AT_LEAST:g} times below ddp {'reached' if enough else 'NOT reached'}; at most "
-                f"{AGAINST_ALONE_AT_MOST:g} times the step of {REFERENCES[name]} {'reached' if near else 'NOT reached'}."
-            )
+            near = _reached(against.median <= AGAINST_ALONE_AT_MOST, against)
+            words.append(f"at most {AGAINST_ALONE_AT_MOST:g} times {name.replace('_', ' ')}: {near}")
+        told.append(f"Target of {m.title}: {'; '.join(words)}.")
     return told
+
+
+def _reached(well: bool, ratio: Spread) -> str:
+    return f"{'reached' if well else 'NOT reached'} ({ratio.median:.2f})"

@@ -131,17 +131,30 @@ def test_ratios_are_of_slowest_ranks_within_a_repeat(session, measured):
     assert shared.below_ddp.low == pytest.approx(5) == pytest.approx(shared.below_ddp.high), "what drifts cancels"
     assert shared.against["alone"].median == pytest.approx(2) and shared.against["side_by_side"].median == pytest.approx(1.6)
     assert found["mpi"].below_ddp.median == pytest.approx(2), "against spawn's ddp where MPI ran none"
-    assert shared.sentence().startswith(
-        "random, 2 ranks, shared_memory (spawn): a step takes 0.300 (0.200–0.400) ms, ddp's 5.00 (5.00–5.00) times as long; "
-        "that is 2.00 (2.00–2.00) times the step of one process alone"
+    assert shared.sentence() == (
+        "random, 2 ranks, shared_memory (spawn): a step takes 0.300 (0.200–0.400) ms: 5.00 (5.00–5.00) times below ddp's, "
+        "2.00 (2.00–2.00) times alone, 1.60 (1.60–1.60) times side by side."
     )
+    session.samples[0].result["step_times"]["ranks"][1]["median"]["step"] = 0.0001  # ddp's slowest rank is now the other
+    slower = next(r for r in step_parts.ratios(session, list(measured.values())) if r.measured.way == "mpi").below_ddp
+    assert slower.median == pytest.approx((0.9 / 0.5 + 2) / 2)
+
+
+def test_slower_than_ddp_is_said_the_other_way_round(measured):
+    made = Session(Console(quiet=True), 10)
+    made.samples += [sample(measured["ddp"], 0, 1.0), sample(measured["mpi"], 0, 4.0)]
+    (_, mpi) = step_parts.ratios(made, list(measured.values()))
+    assert mpi.sentence() == "random, 2 ranks, mpi (mpi): a step takes 4.000 ms: 4.00 times above ddp's."
 
 
 def test_targets_are_judged_by_both_references(session, measured):
     told = step_parts.targets(step_parts.ratios(session, list(measured.values())))
-    assert len(told) == 4
-    assert "4 times below ddp reached" in told[0] and "one process alone with a rank's batch reached" in told[0]
-    assert told[2].startswith("mpi (mpi): 4 times below ddp NOT reached") and told[2].endswith("NOT reached.")
+    assert told == [
+        "Target of shared_memory (spawn): 4 times below ddp's: reached (5.00); at most 2.2 times alone: reached (2.00); "
+        "at most 2.2 times side by side: reached (1.60).",
+        "Target of mpi (mpi): 4 times below ddp's: NOT reached (2.00); at most 2.2 times alone: NOT reached (5.00); "
+        "at most 2.2 times side by side: NOT reached (4.00).",
+    ]
 
 
 def test_rows_have_every_rank_and_the_picture_draws_them(session, measured, tmp_path):

@@ -148,6 +148,12 @@ class TrainConfig:
 
     inspect: bool = flag(OUTPUT, switch, "train nothing: tell who the ranks are, and check that they reach each other", False)
     log_every: int = flag(OUTPUT, whole(0), "print the local loss every N steps; 0: only per epoch", 0)
+    step_times: bool = flag(
+        OUTPUT,
+        switch,
+        "measure where a step's time goes, per rank (--result has the samples); every fourth step of DDP is a probe",
+        False,
+    )
     log_all_ranks: bool = flag(OUTPUT, switch, "every rank prints, not only each node's first", False)
     plot: str | None = flag(OUTPUT, any_text, "save the training curves as a picture (.png, .svg or .pdf)", None, "FILE")
     save: str | None = flag(OUTPUT, any_text, "save the trained model and this configuration", None, "FILE")
@@ -374,6 +380,8 @@ def _check_gradients(name: str, config: TrainConfig, given: Mapping[str, str]) -
         raise UsageError(
             f"--compress {config.compress} with --sync {config.sync}: only ddp sends gradients smaller; leave one of them out"
         )
+    if config.step_times and config.sampler == "uneven":
+        raise UsageError("--step_times with --sampler uneven: ranks make different numbers of steps; leave one of them out")
     if config.sampler == "uneven" and config.sync in ("by_hand", "by_hand_flat"):
         raise UsageError(
             f"--sampler uneven with --sync {config.sync}: a rank without data left would be missing in the others' all-reduces, "

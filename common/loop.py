@@ -22,6 +22,7 @@ from common.precision import Precision
 from common.process_group import Group, announce, process_group, refused_together
 from common.rank import Rank
 from common.sampling import Sampler, make_sampler
+from common.steps import Untimed, step_times, told
 from common.uneven import join
 
 EVAL_BATCH = 512  # samples a forward pass without gradients
@@ -88,6 +89,7 @@ class _Run:
     train_loss: list[float] = field(default_factory=list)
     eval_loss: list[float] = field(default_factory=list)
     eval_accuracy: list[float | None] = field(default_factory=list)
+    times: Untimed = field(default_factory=Untimed)
     step_seconds: float = 0.0  # in training steps after the first
     eval_seconds: float = 0.0
     samples_after_first_step: int = 0
@@ -100,7 +102,8 @@ class _Run:
         with_labels = models.takes_labels(self.model)
         if self.config.compile:
             acceleration.compile(self.model)
-        gradients = average_over(self.group, self.model, self.config, self.way)
+        self.times = step_times(self.config, self.group, self.way)
+        gradients = self.times.around(average_over(self.group, self.model, self.config, self.way))
         optimizer = acceleration.sgd(self.model, self.config)
         self.phases.mark("model_built")
         for epoch in range(self.config.epochs):
@@ -133,20 +136,27 @@ class _Run:
     ) -> Tensor:
         """One pass over this rank's share; returns its summed loss per step, shape (steps,), on the device."""
         sums = torch.zeros(sampler.steps, device=self.device, dtype=self.precision.weights)
-        log_every = self.config.log_every
+        log_every, times = self.config.log_every, self.times
         self.model.train()
         began = now()
-        for step, shares in enumerate(sampler.epoch(epoch)):
+        for step, shares in enumerate(times.steps(sampler.epoch(epoch))):
             optimizer.zero_grad(set_to_none=True)
+            times.mark("optimizer")
             for number, share in enumerate(shares, 1):
-                with gradients.no_sync() if number < len(shares) else nullcontext():
+                with gradients.no_sync() if number < len(shares) or times.probing else nullcontext():
                     x, y = self._batch(self.train_data, share.indices)
+                    times.mark("data")
                     with self.precision.autocast():
                         loss, _ = models.loss_and_logits(gradients.model, with_labels, x, y)
+                    times.mark("forward")
                     self.precision.backward(loss * share.weight)
+                    times.mark("backward")
                 sums[step] += loss.detach() * share.samples
+                times.mark("rest")
             gradients.finish()
+            times.mark("communication")
             self.precision.step(optimizer)
+            times.mark("optimizer")
             if epoch == step == 0:
                 wait_for(self.device)
                 self.phases.mark("first_step_done")
@@ -197,6 +207,9 @@ class _Run:
         rate = self.samples_after_first_step / step_seconds if self.samples_after_first_step and step_seconds else None
         launch_seconds = slowest["first_step_done"] if self.phases.known else None
         self.console.summary(train_seconds, rate, launch_seconds)
+        steps = self.times.gathered()
+        if steps and not self.group.rank.rank:
+            self.console.line(told(steps))
         if self.group.rank.rank:
             return
         config, rank = self.config, self.group.rank
@@ -248,6 +261,7 @@ class _Run:
                 "train_seconds": train_seconds,
                 "step_seconds": step_seconds,
                 "eval_seconds": eval_seconds,
+                "step_times": steps,
                 "epoch_end_seconds": self.epoch_end_seconds,
                 "samples_per_second": rate,
                 "launch_seconds": launch_seconds,

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import compare
-from benchmarks.harness import cases, machine, mpis, parity, plots, report, statistics, summary
+from benchmarks.harness import batch_sizes, cases, machine, mpis, parity, plots, report, statistics, summary
 from benchmarks.harness.cases import Case
 from benchmarks.harness.runner import MARKER, REPOSITORY, Running, run
 from benchmarks.harness.session import Job, Sample, Session
@@ -283,9 +283,9 @@ def test_every_picture_is_drawn(session, tmp_path):
     paths += plots.wall_clock(rows, tmp_path, "a machine")
     paths += plots.loss(session, rows, tmp_path, "a machine", 1, weak=False)
     session.samples += [sample("mpi", 2, "batch", r, 5, 2, label=f"batch size {b}") for r in range(2) for b in (16, 32)]
-    points = compare.batch_points(session, target=0.85)
+    points = batch_sizes.points(session, target=0.85)
     assert [p["batch_size"] for p in points] == [16, 32] and points[0]["seconds_to_target"].median == 2
-    assert compare.batch_points(session, target=0.95)[0]["seconds_to_target"] is None
+    assert batch_sizes.points(session, target=0.95)[0]["seconds_to_target"] is None
     paths += plots.batch_sizes(points, tmp_path, "a machine", 0.85, "none")
     assert {p.name for p in paths} == {
         f"{n}{k}" for n in ("speedup", "wall_clock", "loss", "batch_sizes") for k in (".png", ".svg")

@@ -475,7 +475,7 @@ def help_text(capsys, extra):
 @pytest.mark.parametrize("extra", [(), c.MASTER_FLAGS, RANK_FLAGS, SPAWN_FLAGS, ELASTIC_FLAGS])
 def test_help_is_grouped_with_the_common_flags_first_and_lists_every_flag(capsys, extra):
     text = help_text(capsys, extra)
-    groups = [c.COMMON, c.PARTS, c.MACHINE, c.OUTPUT] + ([c.RANKS] if extra else [])
+    groups = [c.COMMON, c.PARTS, c.GRADIENTS, c.MACHINE, c.OUTPUT] + ([c.RANKS] if extra else [])
     places = [text.index(f"\n{title}:") for title in groups]
     assert places == sorted(places) and "What it does." in text
     for name, field in FIELDS.items():

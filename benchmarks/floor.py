@@ -42,7 +42,7 @@ def main() -> None:
     model = acceleration.placed(models.build_model(config), config, device, precision.weights)
     if config.compile:
         acceleration.compile(model)
-    optimizer = acceleration.sgd(model, config.learning_rate)
+    optimizer = acceleration.sgd(model, config)
     phases.mark("model_built")
     x, y = datasets.fetch(data, torch.arange(config.global_batch(1)), device, precision.weights)
     with precision.autocast():

@@ -63,7 +63,7 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
         phases.joined(group.clock.offset_seconds, group.clock.round_trip_seconds, group.arrivals[0]["command_started"], threads)
         console.joined(group, threads)
         console.way(way)
-        console.compute(device.type, acceleration.fused(model))
+        console.compute(device.type, acceleration.fused(model, config))
         console.model(model)
         training = _Run(config, group, console, phases, model, way, train_data, eval_data, device, precision)
         training.epochs()
@@ -104,7 +104,7 @@ class _Run:
             acceleration.compile(self.model)
         self.times = step_times(self.config, self.group, self.way)
         gradients = self.times.around(average_over(self.group, self.model, self.config, self.way))
-        optimizer = acceleration.sgd(self.model, self.config.learning_rate)
+        optimizer = acceleration.sgd(self.model, self.config)
         self.phases.mark("model_built")
         for epoch in range(self.config.epochs):
             with self._until_all_are_done(gradients, optimizer):
@@ -238,7 +238,7 @@ class _Run:
                 "channels_last": config.channels_last,
                 "compile": config.compile,
                 "sync_batchnorm": config.sync_batchnorm,
-                "fused_optimizer": acceleration.fused(self.model),
+                "fused_optimizer": acceleration.fused(self.model, config),
                 "sampler": config.sampler,
                 "sync": self.way.name,
                 "sync_asked": config.sync,

@@ -64,7 +64,7 @@ class _Hook(JoinHook):
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:  # no step yet, fp16 overflowed: SGD starts from zero in any case
+                if state.get("momentum_buffer") is None:  # fp16 has left out this rank's every step; SGD starts from zero anyhow
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 dist.broadcast(state["momentum_buffer"], src)
         if self.precision.scaler.is_enabled():

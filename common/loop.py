@@ -102,8 +102,8 @@ class _Run:
         with_labels = models.takes_labels(self.model)
         if self.config.compile:
             acceleration.compile(self.model)
-        self.times = step_times(self.config, self.group, self.way)
-        gradients = self.times.around(average_over(self.group, self.model, self.config, self.way))
+        self.times = step_times(self.config, self.group, self.way, self.model)
+        gradients = average_over(self.group, self.model, self.config, self.way)
         optimizer = acceleration.sgd(self.model, self.config)
         self.phases.mark("model_built")
         for epoch in range(self.config.epochs):
@@ -153,7 +153,7 @@ class _Run:
                     times.mark("backward")
                 sums[step] += loss.detach() * share.samples
                 times.mark("rest")
-            gradients.finish()
+            times.averaging(gradients).finish()
             times.mark("communication")
             self.precision.step(optimizer)
             times.mark("optimizer")

@@ -215,7 +215,7 @@ def average_over(group: Group, model: nn.Module, config: TrainConfig, way: Way) 
     if way.name == "mpi":
         from common import mpi_allreduce
 
-        return DDP(model, group, config, *mpi_allreduce.hook(group))
+        return DDP(model, group, config, *mpi_allreduce.hook(group, model))
     if config.compress:
         from common import compression
 

@@ -370,6 +370,11 @@ def _check_gradients(name: str, config: TrainConfig, given: Mapping[str, str]) -
         raise UsageError(
             f"--compress {config.compress} with --sync {config.sync}: only ddp sends gradients smaller; leave one of them out"
         )
+    if config.compress == "powersgd" and config.precision == "fp16":
+        raise UsageError(
+            "--compress powersgd with --precision fp16: what it owes to later steps would keep an overflow for ever; "
+            "give --precision bf16, or --compress int8"
+        )
     for flag_name in ("bucket_mb", "find_unused_parameters"):
         if flag_name in given and config.sync in ("by_hand", "by_hand_flat"):
             raise UsageError(f"--{flag_name} with --sync {config.sync}: it is DistributedDataParallel's; leave one of them out")

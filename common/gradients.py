@@ -36,6 +36,10 @@ class Gradients(Protocol):
         """After the step's last backward: every parameter's gradient is the mean over the ranks when it returns."""
         ...
 
+    def bytes_per_step(self) -> int:
+        """What this rank hands to the collectives in a step: its gradients, or what ``--compress`` made of them in the last one."""
+        ...
+
     def close(self) -> None:
         """After the last step: gives back what it holds."""
         ...
@@ -54,6 +58,10 @@ class Alone:
 
     def finish(self) -> None:
         """Nothing to do."""
+
+    def bytes_per_step(self) -> int:
+        """Nothing is sent."""
+        return 0
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -80,6 +88,10 @@ class ByHand:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
             parameter.grad /= self.world_size
+
+    def bytes_per_step(self) -> int:
+        """The gradients."""
+        return gradient_bytes(self.model)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -113,6 +125,10 @@ class ByHandFlat:
         flat /= self.world_size
         for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.device)
+
+    def bytes_per_step(self) -> int:
+        """The gradients."""
+        return gradient_bytes(self.model)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -151,10 +167,19 @@ class DDP:
     def finish(self) -> None:
         """DDP has averaged within backward."""
 
+    def bytes_per_step(self) -> int:
+        """What the hook has counted; without, or if it sends all, the gradients."""
+        return getattr(self.state, "bytes_per_step", None) or gradient_bytes(self.wrapped)
+
     def close(self) -> None:
         """Closes the hook's state."""
         if hasattr(self.state, "close"):
             self.state.close()
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of all of ``model``'s gradients."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def _same_every_step(config: TrainConfig) -> bool:
@@ -219,5 +244,5 @@ def average_over(group: Group, model: nn.Module, config: TrainConfig, way: Way) 
     if config.compress:
         from common import compression
 
-        return DDP(model, group, config, *compression.hook(config.compress, group))
+        return DDP(model, group, config, *compression.hook(config, group))
     return DDP(model, group, config)

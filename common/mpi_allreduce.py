@@ -35,8 +35,8 @@ def hook(group: Group, model: nn.Module) -> tuple[Hook, "Allreduce"]:
     """
     if group.rank.launcher != "mpi" or MPI.COMM_WORLD.size != group.rank.world_size:
         raise UsageError(
-            f"--sync mpi under {group.rank.launcher}: an MPI world of {MPI.COMM_WORLD.size} holds this rank of "
-            f"{group.rank.world_size}; start launchers/mpi.py with mpirun, or give --sync ddp"
+            f"--sync mpi under {group.rank.launcher}, with {group.rank.world_size} ranks, of which {MPI.COMM_WORLD.size} are in "
+            "this one's MPI world: all must be; start launchers/mpi.py with mpirun, or give --sync ddp"
         )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in _TYPES:

@@ -13,6 +13,8 @@ import psutil
 import pytest
 from running import ALL, FORKED, MPIS, ROOT, SPAWNS, Run, command, is_listening, tracebacks_of_ours
 
+from common.config import COMPRESSIONS
+
 pytestmark = [pytest.mark.launch, pytest.mark.only_on("linux")]
 
 PROMISED_S = 5.0
@@ -36,11 +38,11 @@ class Fails(torch.nn.Module):
     def forward(self, x):
         if self.training:
             self.calls += 1
-            if self.calls == 3:
-                self.third()
+            if self.calls == int(os.environ.get("STEP", 3)):
+                self.fail()
         return self.layer(x)
 
-    def third(self):
+    def fail(self):
         rank = torch.distributed.get_rank()
         if rank == int(os.environ.get("WHO", 1)):
             if os.environ["PEERS"] != "talking":
@@ -80,11 +82,11 @@ def alive(pid):
         return False
 
 
-def fail(tmp_path, launcher, fault, peers, world_size=3, timeout=60, sync="ddp", who=1):
-    """Runs a model whose rank ``who`` fails in its third step; returns what is left and how long the last outlived the fault."""
+def fail(tmp_path, launcher, fault, peers, *more, world_size=3, timeout=60, who=1, step=3):
+    """Runs a model whose rank ``who`` fails in a step; returns what is left and how long the last outlived the fault."""
     (tmp_path / "broken.py").write_text(MODEL)
-    flags = ("--job", "random", "--model", "broken:Fails", "--timeout", timeout, "--sync", sync)
-    run = Run(command(launcher, world_size, *flags), cwd=tmp_path, FAULT=fault, PEERS=peers, WHO=who)
+    flags = ("--job", "random", "--model", "broken:Fails", "--timeout", timeout, *more)
+    run = Run(command(launcher, world_size, *flags), cwd=tmp_path, FAULT=fault, PEERS=peers, WHO=who, STEP=step)
     failed = tmp_path / "failed"
     run.until(failed.exists, "the fault")
     ranks = [int(file.name.partition("-")[2]) for file in tmp_path.glob("rank-*")]
@@ -97,16 +99,19 @@ def fail(tmp_path, launcher, fault, peers, world_size=3, timeout=60, sync="ddp",
 
 
 @pytest.mark.parametrize(
-    "launcher, fault, peers, sync",
+    "launcher, fault, peers, more",
     [
-        *((launcher, *case, "ddp") for launcher in EVERY for case in QUIET_OR_TALKING),
-        *((spawn, *case, "ddp") for spawn in SPAWNS for case in (("raise", "quiet"), ("kill", "talking"))),
+        *((launcher, *case, ()) for launcher in EVERY for case in QUIET_OR_TALKING),
+        *((spawn, *case, ()) for spawn in SPAWNS for case in (("raise", "quiet"), ("kill", "talking"))),
         # In Allreduce, which waits in C for the dead, deaf to signals that Python would handle.
-        *((launcher, fault, "talking", "mpi") for launcher in WITH_MPI for fault in ("raise", "kill", "exit")),
+        *((launcher, fault, "talking", ("--sync", "mpi")) for launcher in WITH_MPI for fault in ("raise", "kill", "exit")),
+        # In the hooks' callbacks, on gloo's thread.
+        *(("torchrun", fault, "talking", ("--compress", name)) for name in COMPRESSIONS for fault in ("raise", "kill")),
     ],
 )
-def test_a_failing_rank_ends_all(tmp_path, launcher, fault, peers, sync):
-    ended, pid, seconds = fail(tmp_path, launcher, fault, peers, sync=sync)
+def test_a_failing_rank_ends_all(tmp_path, launcher, fault, peers, more):
+    step = 15 if more else 3  # powersgd compresses from the tenth on
+    ended, pid, seconds = fail(tmp_path, launcher, fault, peers, *more, step=step)
     print(launcher, fault, peers, f"{seconds:.2f} s", f"status {ended.status}")
     assert ended.status not in (0, 2), str(ended)
     assert seconds < PROMISED_S, str(ended)
@@ -147,7 +152,7 @@ HANGS_S = 3
     ("mpi", 0, "rank 0, which does not answer"),  # it serves the store
 ])  # fmt: skip
 def test_a_rank_that_hangs_is_named_by_those_that_wait_in_allreduce(tmp_path, launcher, who, named):
-    ended, _, seconds = fail(tmp_path, launcher, "stop", "talking", timeout=HANGS_S, sync="mpi", who=who)
+    ended, _, seconds = fail(tmp_path, launcher, "stop", "talking", "--sync", "mpi", timeout=HANGS_S, who=who)
     print(launcher, who, f"{seconds:.2f} s", f"status {ended.status}")
     assert ended.status not in (0, 2), str(ended)
     assert HANGS_S * 0.9 < seconds < HANGS_S + PROMISED_S, str(ended)

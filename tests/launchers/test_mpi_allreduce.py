@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+from bits import USES_ALL, USES_SOME, digests
 from running import MPIS, ROOT, command, run, trained
 from test_parity import JOBS, difference
 
@@ -15,38 +16,6 @@ NETWORK = {
     "openmpi": {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "tcp,self"},
     "systemmpi": {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "tcp,self"},
 }
-# Each rank leaves a digest of its own parameters; "taken" says what the forward pass uses.
-MODEL = """
-import atexit, hashlib, os, pathlib
-import torch
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(20, 2) for _ in range(3))
-        self.calls = 0
-        atexit.register(self.leave)
-
-    def forward(self, x):
-        if not torch.distributed.is_initialized():  # the check of model and data, before the ranks meet
-            return sum(layer(x) for layer in self.layers)
-        self.calls += self.training
-        rank = torch.distributed.get_rank()
-        return self.layers[(self.calls + rank) % 3](x) + self.layers[self.calls % 3](x)
-
-    def leave(self):
-        bits = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
-        pathlib.Path(f"bits-{os.getpid()}").write_text(hashlib.sha256(bits).hexdigest())
-"""
-
-
-def digests(folder):
-    """The digests that the ranks left, and none stays for the next run."""
-    files = list(folder.glob("bits-*"))
-    found = [file.read_text() for file in files]
-    for file in files:
-        file.unlink()
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +62,7 @@ def test_without_shared_memory(tmp_path, alone, launcher):
 @pytest.mark.parametrize("world_size", (2, 3))
 def test_ranks_that_use_different_parameters(tmp_path, launcher, world_size):
     """DDP then also asks the ranks, through gloo, which parameters any of them used."""
-    (tmp_path / "mine.py").write_text(MODEL)
+    (tmp_path / "mine.py").write_text(USES_SOME)
     flags = ("--job", "random", *JOBS["random"], "--model", "mine:Net", "--precision", "fp32", "--threads", 1)
     flags = (*flags, "--find_unused_parameters", "--bucket_mb", 0.0001)
     losses = []
@@ -109,9 +78,9 @@ def test_ranks_that_use_different_parameters(tmp_path, launcher, world_size):
 @pytest.mark.parametrize("launcher", EVERY)
 def test_same_bits_on_five_ranks(tmp_path, launcher):
     """A number that is no power of two, of gradients that differ on every rank."""
-    (tmp_path / "mine.py").write_text(MODEL.replace("(self.calls + rank) % 3", "0").replace("self.calls % 3", "1"))
+    (tmp_path / "mine.py").write_text(USES_ALL)
     flags = ("--job", "random", *JOBS["random"], "--model", "mine:Net", "--threads", 1, "--sync", "mpi")
-    ended = run(command(launcher, 5, *flags, "--find_unused_parameters"), cwd=tmp_path)
+    ended = run(command(launcher, 5, *flags), cwd=tmp_path)
     assert ended.status == 0, str(ended)
     bits = digests(tmp_path)
     assert len(bits) == 5 and len(set(bits)) == 1
@@ -138,5 +107,6 @@ def test_what_it_does_not_sum_is_refused():
     assert ended.out.splitlines() == [
         "fine",
         "--sync mpi: weight is torch.bfloat16; it sums torch.float32 and torch.float64: give --sync ddp",
-        "--sync mpi under plain: an MPI world of 1 holds this rank of 1; start launchers/mpi.py with mpirun, or give --sync ddp",
+        "--sync mpi under plain, with 1 ranks, of which 1 are in this one's MPI world: all must be; start launchers/mpi.py with "
+        "mpirun, or give --sync ddp",
     ], str(ended)

@@ -132,8 +132,8 @@ def average(state: Allreduce, bucket: dist.GradBucket) -> torch.futures.Future[T
     """DDP's hook: the mean of ``bucket`` over the ranks, in place.
 
     The sum is divided once, at the end, so a mean is off by the rounding of a sum and of one division (of none where the number of
-    ranks is a power of two). Every rank gets the same bits: "MPI requires that all processes […] receive identical results" (MPI
-    4.1, 6.9.6). From three ranks on, MPIs may add in different orders, so two of them need agree up to rounding only.
+    ranks is a power of two). Every rank gets the same bits: "MPI requires that all processes […] receive identical results", says
+    the standard of MPI_ALLREDUCE. From three ranks on, MPIs may add in different orders, so two of them need agree up to rounding.
 
     DDP calls its hooks in the order of the buckets on every rank (torch/csrc/distributed/c10d/reducer.cpp, ``mark_bucket_ready``),
     and each call waits for its own result, so no two calls can meet crosswise.

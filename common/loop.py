@@ -93,6 +93,7 @@ class _Run:
     step_seconds: float = 0.0  # in training steps after the first
     eval_seconds: float = 0.0
     samples_after_first_step: int = 0
+    bytes_per_step: int = 0  # that this rank hands to the collectives
     epoch_end_seconds: list[float] = field(default_factory=list)  # of each epoch, from the end of the first step
 
     def epochs(self) -> None:
@@ -117,6 +118,7 @@ class _Run:
             self.eval_seconds += now() - trained
             self.epoch_end_seconds.append(self.phases.now() - self.phases.marks["first_step_done"])
             self._note_epoch(epoch, sampler, totals)
+        self.bytes_per_step = gradients.bytes_per_step()
         gradients.close()
         self.phases.mark("training_done")
         self.samples_after_first_step = sampler.samples_per_epoch * self.config.epochs - int(sampler.batch_samples()[0])
@@ -243,6 +245,7 @@ class _Run:
                 "sync": self.way.name,
                 "sync_asked": config.sync,
                 "compress": config.compress,
+                "bytes_per_step": self.bytes_per_step,
                 "bucket_mb": config.bucket_mb,
                 "accumulate": config.accumulate,
                 "global_batch_size": config.global_batch(rank.world_size),

@@ -501,3 +501,9 @@ def test_a_configuration_is_frozen_and_plain():
     with pytest.raises(dataclasses.FrozenInstanceError):
         got.seed = 5
     assert all(isinstance(v, (int, float, str, bool, type(None))) for v in dataclasses.asdict(got).values())
+
+
+def test_powersgd_is_not_for_scaled_gradients():
+    """They overflow now and then, by design, and its error feedback keeps that."""
+    assert "--precision bf16" in refusal(parse, "--compress", "powersgd", "--precision", "fp16")
+    assert parse("--compress", "int8", "--precision", "fp16").compress == "int8"

@@ -169,7 +169,8 @@ def main() -> int:
         return 130
     rows, fitted, path = record(complete=True)
     console.print()
-    for shown in collective_report.tables(rows, fitted, asked.repeats, asked.cores):
+    for title, shown in collective_report.tables(rows, fitted, asked.repeats, asked.cores):
+        console.print(title, style="bold", markup=False, highlight=False)
         console.print(shown)
         console.print()
     collective_report.tell(console, rows, collective_report.standings(rows), len(asked.sizes), asked.cores)

@@ -194,8 +194,8 @@ def _ratio(above: Row, below: Row, factor: float = 1.0) -> Spread | None:
 # -------------------------------------------------------------------------------------------------------- on the screen
 
 
-def tables(rows: Sequence[Row], fitted: Sequence[Fitted], repeats: int, cores: int) -> list[Table]:
-    """One a collective and number of ranks; then the copies, then α and β."""
+def tables(rows: Sequence[Row], fitted: Sequence[Fitted], repeats: int, cores: int) -> list[tuple[str, Table]]:
+    """(title, table): one a collective and number of ranks, with the copies; then α and β."""
     made = []
     each = f"median of {repeats} runs ± the farthest" if repeats > 1 else "1 run"
     for n in dict.fromkeys(row.case.world_size for row in rows):
@@ -205,33 +205,30 @@ def tables(rows: Sequence[Row], fitted: Sequence[Fitted], repeats: int, cores: i
             mine = [row for row in here if row.collective == collective]
             cases = list(dict.fromkeys(row.case for row in mine))
             columns = [text for case in cases for text in (f"{case.title}\nµs", "alg.\nGB/s", "bus\nGB/s")]
-            shown = table(f"{collective}, {ranks}: slowest rank, {each}; algorithm and bus bandwidth", "size", *columns)
+            shown = table("", "size", *columns)
             for size in dict.fromkeys(row.size for row in mine):
                 cells = []
                 for case in cases:
                     found = next((row for row in mine if (row.case, row.size) == (case, size)), None)
                     cells += _cells(found) if found else ["–"] * 3
                 shown.add_row(size_text(size), *cells)
-            made.append(shown)
+            made.append((f"{collective}, {ranks}: slowest rank, {each}; algorithm and bus bandwidth", shown))
         copies = [row for row in here if is_copy(row)]
         if copies:
             kinds = list(dict.fromkeys(row.collective for row in copies))
             columns = [text for kind in kinds for text in (f"{kind}\nµs", "GB/s")]
-            shown = table(f"Memory copy, {ranks} at once", "size", *columns)
+            shown = table("", "size", *columns)
             for size in dict.fromkeys(row.size for row in copies):
                 pairs = [next(row for row in copies if (row.collective, row.size) == (kind, size)) for kind in kinds]
                 shown.add_row(size_text(size), *(text for row in pairs for text in _cells(row)[:2]))
-            made.append(shown)
+            made.append((f"Memory copy, {ranks} at once: slowest rank, {each}; bytes copied per second", shown))
     if fitted:
-        shown = table(
-            "t = α + n/β, fitted to the medians (relative errors)",
-            "collective", "way", "ranks", "α µs", "β GB/s", "median error", "largest error",
-        )  # fmt: skip
+        shown = table("", "collective", "way", "ranks", "α µs", "β GB/s", "median error", "largest error")
         for f in fitted:
             beta = f"{f.fit.beta_bytes_per_s / 1e9:.2f}" if f.fit.beta_bytes_per_s < float("inf") else "∞"
             errors = (f"{f.fit.median_error:.0%}", f"{f.fit.largest_error:.0%}")
             shown.add_row(f.collective, f.case.title, str(f.case.world_size), f"{f.fit.alpha_s * 1e6:.1f}", beta, *errors)
-        made.append(shown)
+        made.append(("t = α + n/β, fitted to the medians; errors relative to each time", shown))
     return made
 
 

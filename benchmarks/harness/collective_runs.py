@@ -151,9 +151,12 @@ def read(job: Job, folder: Path, started: float) -> dict[str, Any]:
         except FileNotFoundError:
             raise RunError(f"left no figures of rank {rank}") from None
     asked = [(kind, size) for kind in plan.collectives for size in plan.sizes]
+    if {len(t["measured"]) for t in told} != {len(asked)}:
+        raise RunError("has ranks that did not measure all that was asked for")
     measured = []
     for (kind, size), *each in zip(asked, *(t["measured"] for t in told), strict=True):
-        if len({(e["collective"], e["size"], e["bytes"], len(e["seconds"])) for e in each} | {(kind, size)}) > 2:
+        same = len({(e["bytes"], len(e["seconds"])) for e in each}) == 1
+        if not same or {(e["collective"], e["size"]) for e in each} != {(kind, size)}:
             raise RunError(f"has ranks that measured different things where {kind} of {size} bytes was asked for")
         slowest = [round(1e6 * max(calls), 2) for calls in zip(*(e["seconds"] for e in each), strict=True)]
         measured.append({"collective": kind, "size": size, "bytes": each[0]["bytes"], "microseconds": slowest})

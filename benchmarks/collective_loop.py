@@ -20,6 +20,7 @@ pieces finds them in the caches, so the ceiling does too.
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -28,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import collective_ways
@@ -41,11 +41,11 @@ from common.errors import RunError
 from common.files import write_json
 from common.process_group import Group, announce, carry_out, process_group
 from common.rank import Rank
-from common.shared_memory import SharedMemory, obstacle
 
 WARM_UPS = 5
 MOST, FEWEST = 200, 10  # timed calls of a size
 BYTES = 2**28  # that the timed calls of a size move together, within these limits
+LINE = 128  # bytes between the barrier's counters: two cache lines, because processors fetch them in pairs
 PIECE = 2**20  # bytes; smaller ones are no faster, whole large messages leave the caches
 
 
@@ -112,33 +112,72 @@ def collective(kind: str, way: Way, size: int, group: Group) -> Call:
     return Call(n_bytes, lambda: own.copy_(source), lambda: way.reduce_scatter(output, own), [own, output], output, expected)
 
 
-def shared_rows(group: Group, count: int, folder: Path) -> Tensor:
-    """Memory that all ranks map: float32, shape (world size, count). Nothing of it is left when they end.
+def shared(group: Group, name: str, n_bytes: int, folder: Path) -> mmap.mmap:
+    """Memory of zeros that all ranks map. Nothing of it is left when they end.
 
     A memfd (memfd_create(2)), opened by the others through rank 0's process; a file in ``folder`` where the system has none.
     """
     meeting, fd, path = group.meeting, -1, str(folder / "shared")
     assert meeting
-    if group.rank.rank == 0:
+    first = group.rank.rank == 0
+    if first:
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("launchlab")
             path = f"/proc/{os.getpid()}/fd/{fd}"
         with open(path, "wb") as file:
-            file.truncate(group.rank.world_size * count * ITEM)
-    meeting.tell("shared", path)
-    path = meeting.hear("shared", "did not come to share memory")[0]
-    rows = torch.from_file(path, shared=True, size=group.rank.world_size * count, dtype=torch.float32)
-    meeting.tell("mapped", None)
-    meeting.hear("mapped", "did not map the shared memory")
+            file.truncate(n_bytes)
+    meeting.tell(name, path)
+    with open(meeting.hear(name, "did not come to share memory")[0], "r+b") as file:
+        memory = mmap.mmap(file.fileno(), n_bytes)
+    meeting.tell(f"{name} mapped", None)
+    meeting.hear(f"{name} mapped", "did not map the shared memory")
     if fd >= 0:
         os.close(fd)
-    elif group.rank.rank == 0:
+    elif first:
         os.unlink(path)
-    return rows.view(group.rank.world_size, count)
+    return memory
+
+
+class Barrier:
+    """The ranks of one machine leave it within a microsecond or so of each other: nobody who waits sleeps.
+
+    A rank that slept would wake up some 100 µs late, and the others would wait for it in the call that is timed. Only where ranks
+    share cores, or one takes longer than any call, is there sleep.
+    """
+
+    def __init__(self, group: Group, folder: Path) -> None:
+        """All ranks of ``group`` make it together."""
+        n, me = group.rank.world_size, group.rank.rank
+        self._counters = memoryview(shared(group, "barrier", n * LINE, folder)).cast("q")
+        self._own, self._others = me * LINE // 8, [r * LINE // 8 for r in range(n) if r != me]
+        cores = set().union(*group.local_cores())
+        self._spin_s, self._patience = 0.05 if n <= len(cores) else 0.00002, group.meeting.patience if group.meeting else 0.0
+        self._turn = 0
+
+    def __call__(self) -> None:
+        """Returns once every rank has called it as often.
+
+        Raises:
+            RunError: a rank did not come in time.
+        """
+        self._turn += 1
+        turn, counters, clock = self._turn, self._counters, time.perf_counter
+        counters[self._own] = turn
+        began = clock()
+        for other in self._others:
+            while counters[other] < turn:
+                waited = clock() - began
+                if waited > self._patience:
+                    raise RunError(f"waited {self._patience:g} s at a barrier for another rank; is it stuck?")
+                if waited > self._spin_s:
+                    time.sleep(0.00002)
 
 
 def memory_copy(kind: str, rows: Tensor, size: int, group: Group, barrier: Callable[[], None]) -> Call:
-    """A copy of ``size`` bytes within this rank's memory, or of what the next rank has just written into ``rows``."""
+    """A copy of ``size`` bytes within this rank's memory, or of what the next rank has just written into shared memory.
+
+    ``rows`` is that memory: float32, shape (world size, values of the largest size).
+    """
     me, n, count = group.rank.rank, group.rank.world_size, max(1, size // ITEM)
     source, tensor = values(me, count, group.device), torch.zeros(count)
     if kind == "own":
@@ -196,7 +235,8 @@ def measure(call: Call, what: str, group: Group, barrier: Callable[[], None], ti
 def calls(plan: Plan, group: Group, barrier: Callable[[], None], folder: Path) -> Callable[[str, int], Call]:
     """What makes the call of a collective and size in ``plan``'s way."""
     if plan.way == MEMORY_COPY:
-        rows = shared_rows(group, max(1, max(plan.sizes) // ITEM), folder)
+        n, count = group.rank.world_size, max(plan.sizes) // ITEM
+        rows = torch.frombuffer(shared(group, "rows", n * count * ITEM, folder), dtype=torch.float32).view(n, count)
         return lambda kind, size: memory_copy(kind, rows, size, group, barrier)
     way = collective_ways.make(plan.way, group, max(plan.sizes))
     return lambda kind, size: collective(kind, way, size, group)
@@ -217,9 +257,7 @@ def run(plan: Plan, rank: Rank, folder: Path) -> None:
     device = choose_device(config, rank)
     measured: list[dict[str, Any]] = []
     with process_group(arrival, device) as group:
-        # Where memory cannot be shared safely, ranks leave the backend's barrier less close together.
-        common = None if obstacle(rank, torch.device("cpu")) else SharedMemory(group, 1)
-        barrier: Callable[[], None] = common.barrier if common else lambda: dist.barrier()
+        barrier = Barrier(group, folder)
         call_of = calls(plan, group, barrier, folder)
         gc.disable()  # a collection would be timed as communication
         for kind in plan.collectives:

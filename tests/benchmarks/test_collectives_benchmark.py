@@ -128,6 +128,8 @@ def test_small_messages_are_called_often():
 class Board:
     """Two threads meet as ranks do."""
 
+    patience = 10.0
+
     def __init__(self, number, told, barrier):
         self.number, self.told, self.barrier = number, told, barrier
 
@@ -151,10 +153,11 @@ def test_a_neighbours_bytes_are_copied_through_memory_that_nothing_keeps(tmp_pat
     def rank(number):
         group = group_of(number, 2, Board(number, told, barrier))
         count = 3 * loop.PIECE // 4 // 2  # a piece and a half
-        rows = loop.shared_rows(group, count, tmp_path)
+        rows = torch.frombuffer(loop.shared(group, "rows", 2 * count * 4, tmp_path), dtype=torch.float32).view(2, count)
+        meet = loop.Barrier(group, tmp_path)
         for kind in COPIES:
-            call = loop.memory_copy(kind, rows, count * 4, group, lambda: barrier.wait(10))
-            seconds = loop.measure(call, kind, group, lambda: barrier.wait(10), 3)
+            call = loop.memory_copy(kind, rows, count * 4, group, meet)
+            seconds = loop.measure(call, kind, group, meet, 3)
             found[number, kind] = (call.n_bytes == count * 4, call.expected[:3].tolist(), len(seconds))
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
@@ -167,6 +170,30 @@ def test_a_neighbours_bytes_are_copied_through_memory_that_nothing_keeps(tmp_pat
     assert not list(tmp_path.iterdir())
     if before:
         assert not {name for name in set(os.listdir("/dev/shm")) - before if "launchlab" in name}
+
+
+def test_a_rank_that_waits_at_the_barrier_for_nobody_says_so(tmp_path):
+    told, meeting, left = {}, threading.Barrier(2), []
+
+    def rank(number):
+        board = Board(number, told, meeting)
+        board.patience = 0.3
+        meet = loop.Barrier(group_of(number, 2, board), tmp_path)
+        for _ in range(100):
+            meet()
+        left.append(number)
+        if number == 0:
+            try:
+                meet()
+            except RunError as error:
+                left.append(str(error))
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert {0, 1} < set(left) and left[-1] == "waited 0.3 s at a barrier for another rank; is it stuck?"
 
 
 # -------------------------------------------------------------------------------------------------------- runs

@@ -191,7 +191,9 @@ class SharedMemory:
         else:
             rows[self.rank].copy_(piece)
         self.barrier()
-        if self.world_size == 2:
+        if self.world_size == 2 and not mean:
+            piece.add_(rows[1 - self.rank])  # a + b is b + a, in bits too
+        elif self.world_size == 2:
             torch.add(rows[0], rows[1], out=piece)
         elif piece.nbytes <= DIRECT:
             torch.sum(rows, 0, out=piece)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,10 @@ class Alone:
 
 
 class ByHand:
-    """What data parallel training is: after backward, every gradient is summed over the ranks and divided by their number."""
+    """What data parallel training is: after backward, every gradient is summed over the ranks and divided by their number.
+
+    A parameter that no rank has used gets a gradient of zero, where DDP with find_unused_parameters leaves it without one.
+    """
 
     def __init__(self, model: nn.Module, group: Group) -> None:
         """Starts all ranks from rank 0's parameters and buffers."""
@@ -141,6 +144,7 @@ class DDP:
             static_graph=_same_every_step(config),
         )
         if hook:
+            hook.__annotations__ = get_type_hints(hook)  # DDP compares the types, not their names
             self.wrapped.register_comm_hook(state, hook)
         self.model: nn.Module = self.wrapped
 

@@ -77,10 +77,10 @@ def alive(pid):
         return False
 
 
-def fail(tmp_path, launcher, fault, peers, world_size=3):
+def fail(tmp_path, launcher, fault, peers, world_size=3, more=()):
     """Runs a model whose rank 1 fails in its third step; returns what is left and how long the last rank outlived the fault."""
     (tmp_path / "broken.py").write_text(MODEL)
-    flags = ("--job", "random", "--model", "broken:Fails", "--timeout", 60)
+    flags = ("--job", "random", "--model", "broken:Fails", "--timeout", 60, *more)
     run = Run(command(launcher, world_size, *flags), cwd=tmp_path, FAULT=fault, PEERS=peers)
     failed = tmp_path / "failed"
     run.until(failed.exists, "the fault")

@@ -88,7 +88,7 @@ class Asked:
         self.launchers = list(dict.fromkeys(converted("launchers", n, one_of(*LAUNCHERS)) for n in named))
         self.named = given.peers is not None
         named = self.default_peers if given.peers is None else given.peers
-        self.wanted = [converted("peers", n, one_of(*self.known_peers)) for n in named]
+        self.wanted = list(dict.fromkeys(converted("peers", n, one_of(*self.known_peers)) for n in named))
         self.world_sizes = sorted({converted("world_sizes", n, whole(1)) for n in given.world_sizes or self.default_sizes})
         if uneven := [n for n in self.world_sizes if GLOBAL_BATCH % n]:
             fit = ", ".join(str(n) for n in range(1, GLOBAL_BATCH + 1) if GLOBAL_BATCH % n == 0)

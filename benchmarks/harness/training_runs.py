@@ -90,7 +90,8 @@ class TrainingRuns(PeerRuns):
 
         Returns:
             case, launch_seconds, train_seconds (first step to the last epoch's evaluation), samples_per_second (trained after the
-            first step, by train_seconds), test_accuracy, world_size, threads_per_rank, backend, and more of the tool's own.
+            first step, by train_seconds), test_accuracy, world_size, threads_per_rank, backend, waited_seconds (within the command,
+            but not the tool's: fitting.py), and more of the tool's own.
 
         Raises:
             RunError: another world size, number of threads, batch or amount of samples than asked for, or ranks whose parameters
@@ -122,7 +123,7 @@ def of_result(result: dict[str, Any]) -> dict[str, Any]:
     samples = round(result["samples_per_second"] * result["step_seconds"])  # without the first step's, as the ranks counted them
     kept = ("launch_seconds", "train_seconds", "step_seconds", "eval_seconds", "world_size", "threads_per_rank", "backend", "sync",
             "precision", "phases", "parameter_sha256", "peak_memory_bytes")  # fmt: skip
-    last = {"test_accuracy": result["eval_accuracy"][-1], "samples_after_first_step": samples}
+    last = {"waited_seconds": 0.0, "test_accuracy": result["eval_accuracy"][-1], "samples_after_first_step": samples}
     return {name: result[name] for name in kept if name in result} | last
 
 
@@ -140,6 +141,7 @@ def of_ranks(ranks: list[dict[str, Any]], started: float) -> dict[str, Any]:
     return {
         "launch_seconds": first - started,
         "train_seconds": done - first,
+        "waited_seconds": max(r["waited_seconds"] for r in ranks),
         "test_accuracy": ranks[0]["test_accuracy"],
         "samples_after_first_step": sum(r["samples"] - r["samples_first_step"] for r in ranks),
         "world_size": len(ranks),

@@ -70,7 +70,12 @@ def trainings(session: Session, cases: Sequence[Setting]) -> list[Training]:
     """One row a setting; ours with their ratios to every tool at the same number of ranks."""
 
     def of(case: Setting, name: str) -> dict[int, float]:
-        return by_repeat(session.of("timed", case), name)
+        samples = session.of("timed", case)
+        found = by_repeat(samples, name)
+        if name in ("wall_seconds", "leave_seconds"):
+            waited = by_repeat(samples, "waited_seconds")
+            found = {repeat: seconds - waited[repeat] for repeat, seconds in found.items()}
+        return found
 
     rows = []
     for case in cases:

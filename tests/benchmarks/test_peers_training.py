@@ -83,7 +83,7 @@ def rank_files(folder, **changed):
         record = {
             "rank": rank, "world_size": 2, "pid": 100 + rank, "host": "here", "threads": 1, "backend": "gloo", "finished": True,
             "first_step_done": 10.0 + rank, "samples_first_step": 32, "training_done": 20.0, "samples": 1438, "steps": 46,
-            "test_accuracy": 0.95, "parameter_sha256": "abc",
+            "waited_seconds": 0.1, "test_accuracy": 0.95, "parameter_sha256": "abc",
         }  # fmt: skip
         (folder / f"rank-{rank}.json").write_text(json.dumps(record | (changed if rank == 0 else {})))
 
@@ -161,12 +161,12 @@ TRAINED, FABRIC = Setting("trainer", 2, 1), Setting("fabric", 2, 1)
 CASES = [DDP, FAST, HALF, TRAINED, FABRIC]
 
 
-def runs_of(case, walls, accuracy=0.98):
+def runs_of(case, walls, accuracy=0.98, waited=0.0):
     """A good run of each repeat, half of it training."""
     return [
         Sample(Job(case, "timed", (), repeat), "…", wall,
                {"backend": "gloo", "launch_seconds": 1.0, "train_seconds": wall / 2, "samples_per_second": 1.0,
-                "test_accuracy": accuracy})
+                "waited_seconds": waited, "test_accuracy": accuracy})
         for repeat, wall in enumerate(walls)
     ]  # fmt: skip
 
@@ -192,6 +192,12 @@ def test_ratios_are_of_pairs_and_a_tool_without_runs_has_none(rows):
     assert trained.times == {} and fabric.figures["wall_seconds"] is None and fabric.backend is None
     assert fast.figures["leave_seconds"] == Spread(1.0, 0.5, 1.5, 3) and fast.backend == "gloo"
     json.dumps([row.as_json() for row in rows])
+
+
+def test_what_a_script_waits_is_not_counted_against_its_tool(session):
+    session.samples += runs_of(FABRIC, [9.0], waited=0.5)
+    fabric = training_times.trainings(session, CASES)[-1]
+    assert fabric.figures["wall_seconds"].median == 8.5 and fabric.figures["leave_seconds"].median == 3.0
 
 
 def test_only_repeats_that_both_have_are_compared(session):

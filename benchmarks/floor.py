@@ -14,11 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common import datasets, events, loop, models
+import common.loop  # noqa: F401  what a rank imports
+from common import acceleration, datasets, events, models
 from common.config import TrainConfig
 from common.errors import UsageError, exit_status
 from common.files import write_json
 from common.lean import spare_the_compiler
+from common.precision import Precision
 
 
 def main() -> None:
@@ -31,17 +33,22 @@ def main() -> None:
         raise UsageError("floor.py takes CONFIG --result FILE: benchmarks/anatomy.py gives them; run that")
     config = TrainConfig(**json.loads(sys.argv[1]))
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    spare_the_compiler()
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
     device = torch.device("cpu")
-    data, _ = datasets.load_datasets(config, device, dtype)
-    model = models.build_model(config).to(device, dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=loop.MOMENTUM)
+    precision = Precision(config, device)
+    acceleration.check(config, device)
+    if not config.compile:
+        spare_the_compiler()
+    data, _ = datasets.load_datasets(config, device, precision.weights)
+    model = acceleration.placed(models.build_model(config), config, device, precision.weights)
+    if config.compile:
+        acceleration.compile(model)
+    optimizer = acceleration.sgd(model, config)
     phases.mark("model_built")
-    x, y = datasets.fetch(data, torch.arange(config.global_batch(1)), device, dtype)
-    loss, _ = models.loss_and_logits(model, models.takes_labels(model), x, y)
-    loss.backward()
-    optimizer.step()
+    x, y = datasets.fetch(data, torch.arange(config.global_batch(1)), device, precision.weights)
+    with precision.autocast():
+        loss, _ = models.loss_and_logits(model, models.takes_labels(model), x, y)
+    precision.backward(loss)
+    precision.step(optimizer)
     phases.mark("first_step_done")
     marks = phases.marks
     write_json(sys.argv[3], {"launcher": "floor", "launch_seconds": marks["first_step_done"], "phases": marks})

@@ -20,7 +20,7 @@ def save(path: str | Path, model: nn.Module, config: TrainConfig) -> None:
 
     ``model`` is the bare one, not DDP's wrapper: no ``module.`` in its names.
     """
-    state: dict[str, Any] = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state: dict[str, Any] = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     plain = {name: int(value) if type(value) is Nodes else value for name, value in dataclasses.asdict(config).items()}
     content = {"model": state, "config": plain}
     write_whole(path, lambda stream: torch.save(content, stream))

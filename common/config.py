@@ -95,7 +95,7 @@ class TrainConfig:
         PARTS,
         one_of("exact", "distributed", "uneven"),
         "exact: every sample once, whatever the rank count; distributed: PyTorch's DistributedSampler, which pads; "
-        "uneven: some ranks have more data than others (Join)",
+        "uneven: the last ranks have up to twice as much data as the first (Join)",
         "exact",
         "NAME",
     )
@@ -131,7 +131,7 @@ class TrainConfig:
     precision: str = flag(
         MACHINE,
         one_of(*PRECISIONS),
-        "fp32 or fp64: of weights, data and gradients; bf16, fp16: float32 weights, and autocast to it",
+        "fp32 or fp64: of weights, data and gradients; bf16, fp16: float32 weights, and autocast to it (fp16 on CPU: very slow)",
         "fp32",
         "NAME",
     )
@@ -139,11 +139,21 @@ class TrainConfig:
     compile: bool = flag(MACHINE, switch, "torch.compile the model (needs a C++ compiler on CPU)", False)
     sync_batchnorm: bool = flag(MACHINE, switch, "batch statistics over all ranks (CUDA)", False)
     timeout: float | None = flag(
-        MACHINE, seconds, "seconds to wait for a missing or silent rank (default: 60 on one node, 600 on several)", None, "S"
+        MACHINE,
+        seconds,
+        "seconds to wait for a missing or silent rank (default: 60 on one node, 600 on several or with --compile)",
+        None,
+        "S",
     )
 
     inspect: bool = flag(OUTPUT, switch, "train nothing: tell who the ranks are, and check that they reach each other", False)
     log_every: int = flag(OUTPUT, whole(0), "print the local loss every N steps; 0: only per epoch", 0)
+    step_times: bool = flag(
+        OUTPUT,
+        switch,
+        "measure where a step's time goes, per rank (--result has the samples); every fourth step of DDP is a probe",
+        False,
+    )
     log_all_ranks: bool = flag(OUTPUT, switch, "every rank prints, not only each node's first", False)
     plot: str | None = flag(OUTPUT, any_text, "save the training curves as a picture (.png, .svg or .pdf)", None, "FILE")
     save: str | None = flag(OUTPUT, any_text, "save the trained model and this configuration", None, "FILE")
@@ -169,8 +179,8 @@ class TrainConfig:
     master_port: int = flag(RANKS, whole(0, 65535), "port of rank 0 (default: 0, a free one, on one node; 29500 on several)")
 
     def patience(self, one_node: bool) -> float:
-        """Seconds to wait for a rank: ``--timeout``, else short on one node, where ranks start together."""
-        return self.timeout or (60.0 if one_node else 600.0)
+        """Seconds to wait for a rank: ``--timeout``, else short on one node, where ranks start together, unless they compile."""
+        return self.timeout or (60.0 if one_node and not self.compile else 600.0)
 
     def global_batch(self, world_size: int) -> int:
         """Samples per optimizer step over all ranks."""
@@ -370,6 +380,23 @@ def _check_gradients(name: str, config: TrainConfig, given: Mapping[str, str]) -
         raise UsageError(
             f"--compress {config.compress} with --sync {config.sync}: only ddp sends gradients smaller; leave one of them out"
         )
+    if config.step_times and config.sampler == "uneven":
+        raise UsageError("--step_times with --sampler uneven: ranks make different numbers of steps; leave one of them out")
+    if config.sampler == "uneven" and config.sync in ("by_hand", "by_hand_flat"):
+        raise UsageError(
+            f"--sampler uneven with --sync {config.sync}: a rank without data left would be missing in the others' all-reduces, "
+            "which wait for it; only DistributedDataParallel has Join for that: give --sync ddp"
+        )
+    if config.sampler == "uneven" and config.sync_batchnorm:
+        raise UsageError(
+            "--sampler uneven with --sync_batchnorm: a rank without data left answers DDP's all-reduces (Join), not those of batch "
+            "statistics, and the others would wait for it; leave one of them out"
+        )
+    if config.precision == "fp16" and config.compress == "powersgd":
+        raise UsageError(
+            "--compress powersgd with --precision fp16: PowerSGD keeps what it did not send for later, and fp16's overflows would "
+            "stay in it for good; give --precision bf16, or another --compress"
+        )
     for flag_name in ("bucket_mb", "find_unused_parameters"):
         if flag_name in given and config.sync in ("by_hand", "by_hand_flat"):
             raise UsageError(f"--{flag_name} with --sync {config.sync}: it is DistributedDataParallel's; leave one of them out")
@@ -419,6 +446,16 @@ def check_world(config: TrainConfig, world_size: int, samples: int | None = None
         raise UsageError(
             f"--sampler distributed with --global_batch_size {batch}: {world_size * config.accumulate} parts do not divide it; "
             "give a multiple, or --sampler exact, which cuts any batch"
+        )
+    if config.sampler == "uneven" and batch < world_size:
+        raise UsageError(
+            f"--sampler uneven with --global_batch_size {batch} on {world_size} ranks: each makes steps of its own and needs a "
+            f"sample for them; give {world_size} or more"
+        )
+    if config.sampler == "uneven" and samples is not None and 2 * samples < 3 * world_size - 1:  # rank 0's share of sampling.Uneven
+        raise UsageError(
+            f"--sampler uneven with {samples} training samples on {world_size} ranks: none would be left for rank 0; start "
+            "fewer ranks"
         )
 
 

@@ -66,6 +66,15 @@ class Console:
             chosen = f" (--sync {self.config.sync}: {way.reason})" if way.reason else ""
             self.line(f"Gradients: {way.name}{compressed}{chosen}")
 
+    def compute(self, device: str, fused: bool) -> None:
+        """Rank 0 tells in which numbers, layout and kernels a step is computed."""
+        if self.rank.rank == 0:
+            c = self.config
+            half = f"autocast to {c.precision}, float32 weights" if c.precision in ("bf16", "fp16") else c.precision
+            extra = [name for name in ("channels_last", "compile", "sync_batchnorm") if getattr(c, name)]
+            slow = " (fp16 is very slow on CPU; bf16 is not)" if c.precision == "fp16" and device == "cpu" else ""
+            self.line(f"Compute: {', '.join([half, *extra, 'fused SGD' if fused else 'SGD'])}{slow}")
+
     def model(self, model: nn.Module) -> None:
         """Rank 0 shows the model."""
         if self.rank.rank == 0:

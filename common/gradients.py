@@ -114,8 +114,9 @@ class ByHandFlat:
         flat = torch.cat([g.flatten() for g in grads]).to(self.carrier)
         dist.all_reduce(flat)
         flat /= self.world_size
-        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.grad = part.view_as(parameter).to(parameter.device)
+        parts = flat.split([p.numel() for p in self.parameters])
+        for parameter, grad, part in zip(self.parameters, grads, parts, strict=True):
+            parameter.grad = grad.copy_(part.view_as(grad))  # laid out as it was: the optimizer may walk through its memory
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -202,6 +203,10 @@ def choose_way(config: TrainConfig, rank: Rank, device: torch.device) -> Way:
             f"--sync mpi on {device.type}: MPI here moves what is in the machine's memory; give --device cpu, or --sync ddp"
         )
     if config.sync in WITH_DDP and device.type == "mps" and rank.world_size > 1:
+        if config.sampler == "uneven":
+            raise UsageError(
+                "--sampler uneven on mps: it needs DistributedDataParallel, which gloo cannot serve there; give --device cpu"
+            )
         return Way("by_hand_flat", "gloo cannot move what is on an Apple GPU")
     return Way(config.sync)
 

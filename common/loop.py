@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint, datasets, models, now
+from common import acceleration, checkpoint, datasets, models, now
 from common.config import JOBS, TrainConfig, check_world
 from common.console import Console
 from common.device import choose_device, peak_memory_bytes, shared_out_memory_bytes, wait_for
 from common.events import Phases
 from common.files import write_json
-from common.gradients import Gradients, Way, average_over, choose_way
+from common.gradients import DDP, Gradients, Way, average_over, choose_way
 from common.lean import spare_the_compiler
+from common.precision import Precision
 from common.process_group import Group, announce, process_group, refused_together
 from common.rank import Rank
-from common.sampling import Distributed, Exact, make_sampler
+from common.sampling import Sampler, make_sampler
+from common.steps import Untimed, step_times, told
+from common.uneven import join
 
 EVAL_BATCH = 512  # samples a forward pass without gradients
-MOMENTUM = 0.9
 
 
 def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
@@ -38,26 +40,32 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
     shipped = torch.get_num_threads()
     with refused_together(arrival):  # while the others come: what needs none of them
         check_world(config, rank.world_size)
-        dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
         device = choose_device(config, rank)
         way = choose_way(config, rank, device)
+        precision = Precision(config, device)
+        dtype = precision.weights
         torch.set_num_threads(config.threads or 1)
-        spare_the_compiler()
+        acceleration.check(config, device)
+        if not config.compile:
+            spare_the_compiler()
         train_data, eval_data = datasets.load_datasets(config, device, dtype)
         check_world(config, rank.world_size, len(train_data))
-        model = models.build_model(config).to(device, dtype)
+        model = acceleration.placed(models.build_model(config), config, device, dtype)
         job = JOBS[config.job]
         if (config.model, config.dataset) != (job.model, job.dataset):
             first = torch.arange(min(2, len(train_data)))
             models.check_fit(config, model, *datasets.fetch(train_data, first, device, dtype))
+        if config.sync_batchnorm:
+            model = acceleration.with_common_statistics(model)
     with process_group(arrival, device) as group:
         threads = group.threads(config, shipped)
         torch.set_num_threads(threads)
         phases.joined(group.clock.offset_seconds, group.clock.round_trip_seconds, group.arrivals[0]["command_started"], threads)
         console.joined(group, threads)
         console.way(way)
+        console.compute(device.type, acceleration.fused(model, config))
         console.model(model)
-        training = _Run(config, group, console, phases, model, way, train_data, eval_data, device, dtype)
+        training = _Run(config, group, console, phases, model, way, train_data, eval_data, device, precision)
         training.epochs()
         training.report(threads, shipped)
     phases.mark("group_left")
@@ -76,11 +84,12 @@ class _Run:
     train_data: datasets.Dataset
     eval_data: datasets.Dataset
     device: torch.device
-    dtype: torch.dtype
+    precision: Precision
     loss_per_step: list[float] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
     eval_loss: list[float] = field(default_factory=list)
     eval_accuracy: list[float | None] = field(default_factory=list)
+    times: Untimed = field(default_factory=Untimed)
     step_seconds: float = 0.0  # in training steps after the first
     eval_seconds: float = 0.0
     samples_after_first_step: int = 0
@@ -91,11 +100,15 @@ class _Run:
         rank = self.group.rank
         sampler = make_sampler(self.config, len(self.train_data), rank)
         with_labels = models.takes_labels(self.model)
-        gradients = average_over(self.group, self.model, self.config, self.way)
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=self.config.learning_rate, momentum=MOMENTUM)
+        if self.config.compile:
+            acceleration.compile(self.model)
+        self.times = step_times(self.config, self.group, self.way)
+        gradients = self.times.around(average_over(self.group, self.model, self.config, self.way))
+        optimizer = acceleration.sgd(self.model, self.config)
         self.phases.mark("model_built")
         for epoch in range(self.config.epochs):
-            sums = self._train_epoch(epoch, sampler, gradients, optimizer, with_labels)
+            with self._until_all_are_done(gradients, optimizer):
+                sums = self._train_epoch(epoch, sampler, gradients, optimizer, with_labels)
             wait_for(self.device)
             trained = now()
             seen = self._evaluate(with_labels)
@@ -108,24 +121,42 @@ class _Run:
         self.phases.mark("training_done")
         self.samples_after_first_step = sampler.samples_per_epoch * self.config.epochs - int(sampler.batch_samples()[0])
 
+    def _until_all_are_done(self, gradients: Gradients, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Any]:
+        """Around an epoch's steps, where ranks make different numbers of them."""
+        if self.config.sampler == "uneven" and isinstance(gradients, DDP):
+            return join(gradients.wrapped, optimizer, self.precision)
+        return nullcontext()
+
+    def _batch(self, data: datasets.Dataset, indices: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = datasets.fetch(data, indices, self.device, self.precision.weights)
+        return (acceleration.channels_last(x) if self.config.channels_last else x), y
+
     def _train_epoch(
-        self, epoch: int, sampler: Exact | Distributed, gradients: Gradients, optimizer: torch.optim.Optimizer, with_labels: bool
+        self, epoch: int, sampler: Sampler, gradients: Gradients, optimizer: torch.optim.Optimizer, with_labels: bool
     ) -> Tensor:
         """One pass over this rank's share; returns its summed loss per step, shape (steps,), on the device."""
-        sums = torch.zeros(sampler.steps, device=self.device, dtype=self.dtype)
-        log_every = self.config.log_every
+        sums = torch.zeros(sampler.steps, device=self.device, dtype=self.precision.weights)
+        log_every, times = self.config.log_every, self.times
         self.model.train()
         began = now()
-        for step, shares in enumerate(sampler.epoch(epoch)):
+        for step, shares in enumerate(times.steps(sampler.epoch(epoch))):
             optimizer.zero_grad(set_to_none=True)
+            times.mark("optimizer")
             for number, share in enumerate(shares, 1):
-                with gradients.no_sync() if number < len(shares) else nullcontext():
-                    x, y = datasets.fetch(self.train_data, share.indices, self.device, self.dtype)
-                    loss, _ = models.loss_and_logits(gradients.model, with_labels, x, y)
-                    (loss * share.weight).backward()
+                with gradients.no_sync() if number < len(shares) or times.probing else nullcontext():
+                    x, y = self._batch(self.train_data, share.indices)
+                    times.mark("data")
+                    with self.precision.autocast():
+                        loss, _ = models.loss_and_logits(gradients.model, with_labels, x, y)
+                    times.mark("forward")
+                    self.precision.backward(loss * share.weight)
+                    times.mark("backward")
                 sums[step] += loss.detach() * share.samples
+                times.mark("rest")
             gradients.finish()
-            optimizer.step()
+            times.mark("communication")
+            self.precision.step(optimizer)
+            times.mark("optimizer")
             if epoch == step == 0:
                 wait_for(self.device)
                 self.phases.mark("first_step_done")
@@ -142,11 +173,11 @@ class _Run:
         mine = datasets.eval_share(len(self.eval_data), self.group.rank.world_size, self.group.rank.rank)
         totals = torch.zeros(4, dtype=torch.float64)
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.precision.autocast():
             for indices in torch.arange(mine.start, mine.stop).split(EVAL_BATCH):
                 if not len(indices):
                     continue
-                x, y = datasets.fetch(self.eval_data, indices, self.device, self.dtype)
+                x, y = self._batch(self.eval_data, indices)
                 loss, logits = models.loss_and_logits(self.model, with_labels, x, y)
                 totals[0] += loss.double().cpu() * len(indices)
                 totals[2] += len(indices)
@@ -155,7 +186,7 @@ class _Run:
                     totals[3] += len(indices)
         return totals
 
-    def _note_epoch(self, epoch: int, sampler: Exact | Distributed, totals: Tensor) -> None:
+    def _note_epoch(self, epoch: int, sampler: Sampler, totals: Tensor) -> None:
         steps, (loss, correct, samples, classed) = totals[:-4], totals[-4:].tolist()
         sizes = sampler.batch_samples()
         self.loss_per_step += (steps / sizes).tolist()
@@ -176,6 +207,9 @@ class _Run:
         rate = self.samples_after_first_step / step_seconds if self.samples_after_first_step and step_seconds else None
         launch_seconds = slowest["first_step_done"] if self.phases.known else None
         self.console.summary(train_seconds, rate, launch_seconds)
+        steps = self.times.gathered()
+        if steps and not self.group.rank.rank:
+            self.console.line(told(steps))
         if self.group.rank.rank:
             return
         config, rank = self.config, self.group.rank
@@ -201,6 +235,10 @@ class _Run:
                 "model": config.model,
                 "dataset": config.dataset,
                 "precision": config.precision,
+                "channels_last": config.channels_last,
+                "compile": config.compile,
+                "sync_batchnorm": config.sync_batchnorm,
+                "fused_optimizer": acceleration.fused(self.model, config),
                 "sampler": config.sampler,
                 "sync": self.way.name,
                 "sync_asked": config.sync,
@@ -223,6 +261,7 @@ class _Run:
                 "train_seconds": train_seconds,
                 "step_seconds": step_seconds,
                 "eval_seconds": eval_seconds,
+                "step_times": steps,
                 "epoch_end_seconds": self.epoch_end_seconds,
                 "samples_per_second": rate,
                 "launch_seconds": launch_seconds,

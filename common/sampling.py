@@ -109,7 +109,57 @@ class Distributed:
             yield shares
 
 
-def make_sampler(config: TrainConfig, length: int, rank: Rank) -> Exact | Distributed:
+class Uneven:
+    """Ranks with unevenly much data, as where each has a shard of its own: nothing is padded, nothing dropped.
+
+    Rank r's part of an epoch is proportional to world size + r, so that the last rank has nearly twice as many samples as rank 0
+    and makes as many more steps; each cuts its part into batches of its own share of the global batch. Once a rank has no data
+    left, the others go on without it, and wait in every all-reduce for what it would have sent: without ``common.uneven`` the
+    run hangs there until the time-out.
+
+    DDP divides the sum of gradients by all ranks, those without data included. With the weight (own samples × world size / samples
+    of the step) each step's gradient is the mean over the samples that the active ranks have brought to it.
+    """
+
+    def __init__(self, length: int, global_batch: int, rank: Rank, seed: int, accumulate: int = 1) -> None:
+        """Shares ``length`` samples; the steps of all ranks are known to each, since their parts are."""
+        world = rank.world_size
+        ends = np.cumsum([0, *range(world, 2 * world)])
+        cuts = (length * ends // ends[-1]).tolist()
+        batches = [len(range(global_batch)[part_of(global_batch, world, r)]) for r in range(world)]
+        self.own_part, self.own_batch = slice(cuts[rank.rank], cuts[rank.rank + 1]), batches[rank.rank]
+        self.length, self.seed, self.world_size, self.accumulate = length, seed, world, accumulate
+        parts = np.diff(cuts)
+        self.steps = max(-(-part // batch) for part, batch in zip(parts.tolist(), batches, strict=True))
+        """Those of the rank that makes most; a rank's own may be fewer."""
+        done = np.outer(np.arange(self.steps), batches)  # before each step, by each rank
+        self.samples = np.clip(parts - done, 0, batches).sum(axis=1)
+        self.samples_per_epoch = length
+
+    def batch_samples(self) -> torch.Tensor:
+        """float64, shape (steps,): samples that count in each step, over the ranks that still have data."""
+        return torch.from_numpy(self.samples.astype(np.float64))
+
+    def epoch(self, epoch: int) -> Iterator[list[Share]]:
+        """This rank's shares, a list a step with ``accumulate`` entries; it ends when its data does."""
+        order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(self.length))[self.own_part]
+        for batch, samples in zip(order.split(self.own_batch), self.samples.tolist(), strict=False):
+            shares = []
+            for index in range(self.accumulate):
+                indices = batch[part_of(len(batch), self.accumulate, index)]
+                weight = len(indices) * self.world_size / samples
+                shares.append(Share(indices if len(indices) else batch[:1], len(indices), weight))
+            yield shares
+
+
+Sampler = Exact | Distributed | Uneven
+
+
+def make_sampler(config: TrainConfig, length: int, rank: Rank) -> Sampler:
     """The sampler that ``--sampler`` names."""
-    kind: type[Exact] | type[Distributed] = {"exact": Exact, "distributed": Distributed}[config.sampler]  # type: ignore[assignment]
-    return kind(length, config.global_batch(rank.world_size), rank, config.seed, config.accumulate)
+    kinds: dict[str, type[Exact] | type[Distributed] | type[Uneven]] = {
+        "exact": Exact,
+        "distributed": Distributed,
+        "uneven": Uneven,
+    }
+    return kinds[config.sampler](length, config.global_batch(rank.world_size), rank, config.seed, config.accumulate)

@@ -44,9 +44,9 @@ def converted(name: str, text: str, convert: Callable[[str], T]) -> T:
         raise UsageError(f"--{name} {text}: not allowed; give {allowed}") from None
 
 
-def refuse_taken(script: str, flags: Sequence[str]) -> None:
-    """Raises UsageError for a training flag that ``script`` sets itself."""
-    if taken := next((name for name in HARNESS_FLAGS for word in flags if word.partition("=")[0] == name), None):
+def refuse_taken(script: str, flags: Sequence[str], also: Sequence[str] = ()) -> None:
+    """Raises UsageError for a training flag that ``script`` sets itself: one of ``HARNESS_FLAGS`` or of ``also``."""
+    if taken := next((name for name in (*HARNESS_FLAGS, *also) for word in flags if word.partition("=")[0] == name), None):
         raise UsageError(f"{taken}: {script} sets it itself; leave it out")
 
 
@@ -62,3 +62,16 @@ def output_folder(text: str) -> Path:
     except OSError as error:
         raise UsageError(f"--output {folder}: cannot be made ({error.strerror}); name another folder") from None
     return folder
+
+
+def without(flags: Sequence[str], name: str) -> list[str]:
+    """``flags`` less ``name`` and its value."""
+    out, skip = [], False
+    for word in flags:
+        if skip:
+            skip = False
+        elif word == name:
+            skip = True
+        elif not word.startswith(f"{name}="):
+            out.append(word)
+    return out

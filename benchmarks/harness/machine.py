@@ -34,6 +34,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two descriptions are of one machine, as far as they tell: results of different machines are never merged."""
+    return all(one.get(name) == other.get(name) for name in ("processor", "cores", "memory_gib", "system"))
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

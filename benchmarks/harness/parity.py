@@ -1,7 +1,8 @@
 """Whether N ranks compute what one process computes.
 
 In float64 the whole loss curve must agree within 1e-9 relative. In float32 the first 20 steps must, within 1e-5; after that
-rounding grows by itself, in correct code too.
+rounding grows by itself, in correct code too. Where equal loss is not promised (half precision, compressed gradients, padded or
+uneven shares), the differences are measured all the same: how much is lost is a number, not a verdict.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 FP64_LIMIT = 1e-9
 FP32_LIMIT = 1e-5
 FP32_STEPS = 20
+LOSSY = ("bf16", "fp16")  # of --precision
 
 
 def relative_differences(curve: Sequence[float | None], reference: Sequence[float | None]) -> list[float]:
@@ -33,7 +35,7 @@ class Parity:
     fp64: float | None
     """Largest relative difference of the whole float64 curve; None if there is no such run."""
     fp32: float | None
-    """Largest relative difference of the first 20 float32 steps."""
+    """Largest relative difference of the first 20 steps of the timed runs: float32, or what ``--precision`` said; not of fp64."""
     promised: bool
     """Whether equal loss can be expected at all."""
     reason: str = ""
@@ -57,6 +59,21 @@ class Parity:
         return {"fp64_difference": self.fp64, "fp32_difference": self.fp32, "holds": self.holds, "verdict": self.verdict()}
 
 
+def not_promised(result: dict[str, Any]) -> str:
+    """Why the run of this result file is not bound to compute what one process computes; empty if it is."""
+    if layers := result.get("batch_dependent_layers"):
+        return f"{', '.join(layers)} depends on the batch or on chance"
+    if result.get("sampler") == "distributed":
+        return "DistributedSampler pads"
+    if result.get("sampler") == "uneven":
+        return "uneven ranks make other batches than one process"
+    if (compress := result.get("compress")) and result.get("world_size") != 1:  # one rank sends nothing
+        return f"--compress {compress} loses some of each gradient"
+    if (precision := result.get("precision")) in LOSSY:
+        return f"{precision} rounds"
+    return ""
+
+
 def judge(
     fp64: dict[str, Any] | None,
     fp64_reference: dict[str, Any] | None,
@@ -64,18 +81,14 @@ def judge(
     fp32_reference: dict[str, Any] | None,
 ) -> Parity:
     """Compares result files of a launcher's ranks with those of one process (the reference)."""
-    known = fp64 or fp32 or {}
-    if layers := known.get("batch_dependent_layers"):
-        return Parity(None, None, False, f"{', '.join(layers)} depends on the batch or on chance")
-    if known.get("sampler") == "distributed":
-        return Parity(None, None, False, "DistributedSampler pads")
+    reason = not_promised(fp64 or {}) or not_promised(fp32 or {})
 
     def difference(a: dict[str, Any] | None, b: dict[str, Any] | None, steps: int | None) -> float | None:
         if a is None or b is None:
             return None
         if len(a["loss_per_step"]) != len(b["loss_per_step"]) and steps is None:
-            return float("inf")
+            return None if reason else float("inf")
         return max(relative_differences(a["loss_per_step"][:steps], b["loss_per_step"][:steps]), default=float("inf"))
 
     in_fp32 = None if (fp32 or {}).get("precision") == "fp64" else difference(fp32, fp32_reference, FP32_STEPS)
-    return Parity(difference(fp64, fp64_reference, None), in_fp32, True)
+    return Parity(difference(fp64, fp64_reference, None), in_fp32, not reason, reason)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.launch_times import BARE_LIMIT, LaunchTime
+from benchmarks.harness.lossy import LOSSLESS
 from benchmarks.harness.parity import FP32_LIMIT, FP32_STEPS, FP64_LIMIT, relative_differences
 from benchmarks.harness.session import Session
 from benchmarks.harness.statistics import Spread
@@ -139,17 +140,22 @@ def stacked(axes: Axes, labels: Sequence[str], figures: Sequence[Mapping[str, Sp
 
 
 def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads: int, weak: bool) -> list[Path]:
-    """Loss curves on top of each other, and their difference from the single process below, in both precisions."""
+    """Loss curves on top of each other, and their difference from the single process below, in both precisions.
+
+    Runs that lose something on purpose are held against one lossless process; they have no float64 runs.
+    """
+    lossless = session.of(LOSSLESS)
+    columns = (("fp32", "timed"),) if lossless else (("fp32", "timed"), ("fp64", "fp64"))
     drawn = figure(10, 6.8)
-    axes = drawn.subplots(2, 2, height_ratios=[1.3, 1], sharex="col")
+    axes = drawn.subplots(2, len(columns), height_ratios=[1.3, 1], sharex="col", squeeze=False)
     single: dict[str, dict[int, dict[str, Any] | None]] = {"fp32": {}, "fp64": {}}
     for row in rows:
         n = row.case.world_size
         fp64 = [s for s in session.of("fp64 reference") if not weak or s.job.label.endswith(f" {n}")]
-        fp32 = [s for s in session.of("reference") if s.job.label.endswith(f" {n}")] if weak else []
+        fp32 = [s for s in lossless or session.of("reference") if s.job.label.endswith(f" {n}")] if weak else lossless
         one = [s for s in session.of("timed") if s.job.case.launcher == "plain" and s.job.case.world_size == 1]
         single["fp64"][n], single["fp32"][n] = first_result(fp64), first_result(fp32 or one)
-    for column, (precision, role) in enumerate((("fp32", "timed"), ("fp64", "fp64"))):
+    for column, (precision, role) in enumerate(columns):
         upper, lower = axes[0][column], axes[1][column]
         for number, launcher in enumerate(_launchers(rows)):
             labelled = False
@@ -162,7 +168,7 @@ def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads:
                 style: dict[str, Any] = {"color": COLOURS[number], "linewidth": 1.2 + 2 * (len(_launchers(rows)) - 1 - number)}
                 upper.plot(steps, result["loss_per_step"], label=None if labelled else launcher, **style)
                 labelled = True
-                if reference and (launcher, row.case.world_size) != ("plain", 1):
+                if reference and (lossless or (launcher, row.case.world_size) != ("plain", 1)):
                     _growing(lower, result, reference, **style)
         control = first_result(session.of("control"))
         reference = single[precision].get(min(single[precision], default=1))
@@ -174,14 +180,18 @@ def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads:
         last = FP32_STEPS if precision == "fp32" else None
         count = len((first_result(session.of(role)) or {}).get("loss_per_step", []))
         label = f"allowed: {limit:.0e}" + (f" in the first {last} steps" if last else "")
-        lower.plot([1, last or count], [limit, limit], color="0.3", linestyle=":", linewidth=1.6, label=label)
-        upper.set_title("float32, the timed runs" if precision == "fp32" else "float64, the runs that the verdict needs")
+        if not lossless:
+            lower.plot([1, last or count], [limit, limit], color="0.3", linestyle=":", linewidth=1.6, label=label)
+        title = "float32, the timed runs" if precision == "fp32" else "float64, the runs that the verdict needs"
+        upper.set_title("the timed runs, which lose something on purpose" if lossless else title)
         lower.set(xlabel="optimizer step", yscale="log")
-        lower.legend(loc="lower right" if last else "center right", fontsize=8, frameon=True)
+        if not lossless:
+            lower.legend(loc="lower right" if last else "center right", fontsize=8, frameon=True)
     axes[0][0].set_ylabel("loss of the global batch")
     axes[1][0].set_ylabel("largest relative difference\nfrom one process so far")
     axes[0][0].legend()
-    drawn.suptitle("Same loss: every launcher and rank count, and one process", fontsize=12)
+    what = "Loss: every launcher and rank count, and one lossless process" if lossless else ""
+    drawn.suptitle(what or "Same loss: every launcher and rank count, and one process", fontsize=12)
     return both(drawn, folder, "loss", f"What never differs (0) is not drawn. {caption}")
 
 

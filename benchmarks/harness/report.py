@@ -7,9 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness import lossy
+from benchmarks.harness.lossy import Lost
 from benchmarks.harness.session import Session
 from benchmarks.harness.statistics import Spread
 from benchmarks.harness.summary import Row, noisy, same_to_the_bit
+from common.config import TrainConfig
 
 OVERSUBSCRIBED = "*"
 
@@ -33,6 +36,40 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
+def _lost(lost: Lost | None) -> tuple[str, str, str]:
+    if lost is None:
+        return "–", "–", "–"
+    return (
+        "–" if lost.curve is None else f"{lost.curve:.1e}",
+        "–" if lost.train_loss is None else f"{lost.train_loss:+.2%}",
+        "–" if lost.accuracy_points is None else f"{lost.accuracy_points:+.2f}",
+    )
+
+
+def way(config: TrainConfig) -> str:
+    """How gradients become one, for the beginning of a caption."""
+    extra = "".join(
+        f", {text}" for text in (config.compress and f"--compress {config.compress}", _half(config) and config.precision) if text
+    )
+    return f"--sync {config.sync}{extra}; "
+
+
+def _half(config: TrainConfig) -> bool:
+    return config.precision not in ("fp32", "fp64")
+
+
+def show_way(console: Console, rows: list[Row], config: TrainConfig) -> None:
+    """Says how gradients became one: with --sync auto, what it chose for each launcher."""
+    if config.sync != "auto":
+        return
+    chosen: dict[str, list[str]] = {}
+    for row in rows:
+        if row.sync and row.case.world_size > 1:
+            chosen.setdefault(row.sync, []).append(row.case.name)
+    for name, launched in chosen.items():
+        console.print(f"--sync auto chose {name} for {'; '.join(launched)}.", markup=False, highlight=False)
+
+
 def show(console: Console, rows: list[Row], cores: int, threads: int, weak: bool) -> None:
     """The tables: time, speedup, loss."""
     s = "s" * (threads > 1)
@@ -46,10 +83,10 @@ def show(console: Console, rows: list[Row], cores: int, threads: int, weak: bool
         "launcher", "ranks", f"training vs {threads} thread{s}", "efficiency", f"training vs {cores} threads",
         f"command vs {threads} thread{s}", f"command vs {cores} threads",
     )  # fmt: skip
-    loss = table(
-        "Loss: is it the single process's?",
-        "launcher", "ranks", "train loss", "eval loss", "accuracy", "fp64, whole curve", "fp32, 20 steps", "verdict",
-    )  # fmt: skip
+    loses = any(row.lost for row in rows)
+    judged = ("first 20 steps", "train loss", "accuracy, points") if loses else ("fp64, whole curve", "fp32, 20 steps", "verdict")
+    title = "Loss: how far from one lossless process's?" if loses else "Loss: is it the single process's?"
+    loss = table(title, "launcher", "ranks", "train loss", "eval loss", "accuracy", *judged)
     for row in rows:
         f, head = row.figures, (row.name, _ranks(row))
         time.add_row(
@@ -69,9 +106,11 @@ def show(console: Console, rows: list[Row], cores: int, threads: int, weak: bool
             f"{x.median:.5f}" if (x := f["train_loss_per_epoch"]) else "–",
             f"{x.median:.5f}" if (x := f["eval_loss_per_epoch"]) else "–",
             f"{x.median:.2%}" if (x := f["eval_accuracy"]) else "–",
-            f"{parity.fp64:.1e}" if parity and parity.fp64 is not None else "–",
-            f"{parity.fp32:.1e}" if parity and parity.fp32 is not None else "–",
-            parity.verdict() if parity else "–",
+            *(_lost(row.lost) if loses else (
+                f"{parity.fp64:.1e}" if parity and parity.fp64 is not None else "–",
+                f"{parity.fp32:.1e}" if parity and parity.fp32 is not None else "–",
+                parity.verdict() if parity else "–",
+            )),
         )  # fmt: skip
     for each in (time, gain, loss):
         console.print(each)
@@ -95,6 +134,8 @@ def verdicts(console: Console, session: Session, rows: list[Row]) -> bool:
         )
     for reason in sorted({row.parity.verdict() for row in rows if row.parity and not row.parity.promised}):
         console.print(f"Same loss {reason}.")
+    if losses := [row.lost for row in rows if row.lost and row.parity and not row.parity.promised]:
+        console.print(lossy.sentence(losses), markup=False, highlight=False)
     for world_size, same in same_to_the_bit(rows).items():
         told = "ended with the same parameters to the bit" if same else "did NOT end with the same parameters to the bit"
         console.print(f"At {world_size} rank{'s' * (world_size > 1)} all launchers {told}.", style="" if same else "bold red")

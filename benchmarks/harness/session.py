@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import time
@@ -31,6 +32,8 @@ class Job:
     flags: tuple[str, ...]
     repeat: int = 0
     label: str = ""
+    beside: str = ""
+    """Neighbours in a list of jobs that share this name are run at once; empty: on its own."""
 
 
 def interleaved(cases: Sequence[Case], repeats: int, flags: Callable[[Any, int], tuple[str, ...]]) -> list[Job]:
@@ -118,6 +121,14 @@ def read_launcher(job: Job, folder: Path, started: float) -> dict[str, Any]:
     return result
 
 
+def _batches(jobs: Sequence[Job], together: int) -> Iterator[Sequence[Job]]:
+    """The jobs that are run at once, in order."""
+    for name, neighbours in itertools.groupby(jobs, lambda job: job.beside):
+        same = list(neighbours)
+        size = len(same) if name else together
+        yield from (same[first : first + size] for first in range(0, len(same), size))
+
+
 @dataclass
 class Session:
     """Makes runs and keeps what they gave."""
@@ -133,15 +144,17 @@ class Session:
     samples: list[Sample] = field(default_factory=list)
 
     def carry_out(self, jobs: Sequence[Job], together: int = 1) -> None:
-        """Makes the runs in order, ``together`` at a time (more than one only where no time is measured).
+        """Makes the runs in order, ``together`` at a time (more than one only where no time is measured), or as jobs say.
 
         A KeyboardInterrupt ends the runs in progress with all their processes, and is raised on.
         """
         with tempfile.TemporaryDirectory(prefix="launchlab-") as folder, self._progress(len(jobs)) as advance:
-            for first in range(0, len(jobs), together):
+            number = 0
+            for at_once in _batches(jobs, together):
                 running: list[tuple[Job, Start, Path, float, Running]] = []
                 try:
-                    for number, job in enumerate(jobs[first : first + together], first):
+                    for job in at_once:
+                        number += 1
                         own = Path(folder, str(number))
                         own.mkdir()
                         start = self.start(job, own)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.harness.cases import PEERS, Case
+from benchmarks.harness.lossy import LOSSLESS, Lost, lost
 from benchmarks.harness.parity import Parity, judge
 from benchmarks.harness.session import Sample, Session
 from benchmarks.harness.statistics import Spread, paired_ratio, spread
@@ -40,6 +41,10 @@ class Row:
     """SHA-256 of the trained parameters, if all repeats agree."""
     start_method: str | None = None
     """multiprocessing's, where the launcher has one."""
+    sync: str | None = None
+    """How its ranks averaged gradients."""
+    lost: Lost | None = None
+    """What a lossy run lost."""
 
     @property
     def name(self) -> str:
@@ -61,6 +66,8 @@ class Row:
             "figures": plain(self.figures),
             "speedup": plain(self.speedup),
             "efficiency": self.efficiency and self.efficiency.as_json(),
+            "sync": self.sync,
+            "lost": self.lost and self.lost.as_json(),
             "parity": self.parity and self.parity.as_json(),
             "parameter_sha256": self.parameters,
         }
@@ -98,6 +105,8 @@ def summarise(session: Session, cases: list[Case], threads: int, cores: int, wea
         fp64_reference = [
             s for s in session.of("fp64 reference") if not weak or s.job.label.endswith(f" {case.world_size}")
         ]  # strong scaling: one reference for all
+        lossless = [s for s in session.of(LOSSLESS) if not weak or s.job.label.endswith(f" {case.world_size}")]
+        first, whole = first_result(timed), first_result(lossless)
         digests = {s.result.get("parameter_sha256") for s in timed if s.result}
         rows.append(
             Row(
@@ -109,13 +118,15 @@ def summarise(session: Session, cases: list[Case], threads: int, cores: int, wea
                 judge(
                     first_result(session.of("fp64", case)),
                     first_result(fp64_reference),
-                    first_result(timed),
-                    first_result(reference if weak else one),
+                    first,
+                    whole or first_result(reference if weak else one),
                 )
                 if timed or session.of("fp64", case)
                 else None,
                 digests.pop() if len(digests) == 1 else None,
-                (first_result(timed) or {}).get("start_method"),
+                (first or {}).get("start_method"),
+                (first or {}).get("sync"),
+                lost(first, whole) if case.launcher not in PEERS else None,
             )
         )
     return rows
@@ -126,12 +137,18 @@ def _scaled(value: Spread, factor: float) -> Spread:
 
 
 def same_to_the_bit(rows: list[Row]) -> dict[int, bool]:
-    """{world size: whether all launchers that were compared there ended with the same parameters}; where there are two or more."""
+    """{world size: whether all launchers that were compared there ended with the same parameters}; where there are two or more.
+
+    Ranks that average in another way (--sync auto) may add in another order, so only those of one way are held against each other.
+    """
     found: dict[int, bool] = {}
     for world_size in sorted({row.case.world_size for row in rows}):
         there = [r for r in rows if r.case.world_size == world_size and r.name not in PEERS and r.figures["train_seconds"]]
-        if len(there) > 1:
-            found[world_size] = len({r.parameters for r in there}) == 1 and there[0].parameters is not None
+        for way in dict.fromkeys(r.sync for r in there):
+            same = [r for r in there if r.sync == way]
+            if len(same) > 1:
+                agree = len({r.parameters for r in same}) == 1 and same[0].parameters is not None
+                found[world_size] = found.get(world_size, True) and agree
     return found
 
 

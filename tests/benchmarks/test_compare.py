@@ -90,6 +90,45 @@ def test_all_launchers_end_to_end(tmp_path):
     assert not outcome.stderr
 
 
+def test_one_way_for_all_and_a_prediction(tmp_path):
+    flags = ["--launchers", "spawn", "torchrun", "--world_sizes", "2", "--sync", "shared_memory", "--link", "25,10"]
+    outcome = run([*COMPARE, *SMALL, *flags, "--link", "1.5,100", "--output", str(tmp_path)], 300)
+    assert outcome.ok, outcome.tail(40)
+    written = read(tmp_path)
+    assert written["settings"]["sync"] == "shared_memory"
+    assert {row["sync"] for row in written["summary"]} == {"shared_memory"} and all(
+        r["parity"]["holds"] for r in written["summary"]
+    )
+    by_role = {role: [s for s in written["samples"] if s["role"] == role] for role in ("timed", "compute")}
+    assert [s["result"]["global_batch_size"] for s in by_role["compute"]] == [16, 4, 1]
+    assert {s["result"]["sync"] for s in by_role["timed"] if s["world_size"] > 1} == {"shared_memory"}
+    predicted = written["prediction"]
+    assert predicted["model"]["gradient_bytes"] == 4 * (20 * 2 + 2) and len(predicted["model"]["compute_steps"]) == 4
+    given = [link for link in predicted["links"] if link["source"] == "--link"]
+    assert [link["name"] for link in given] == ["25 µs, 10 Gbit/s", "1.5 µs, 100 Gbit/s"]
+    assert all(link["gains_until_ranks"] >= 1 and link["speedup"]["1024"] > 0 for link in given)
+    measured = {(c["launcher"], c["world_size"]): c["measured_speedup"]["median"] for c in predicted["compared"]}
+    assert set(measured) == {("spawn", 2), ("torchrun", 2)} and all(value > 0 for value in measured.values())
+    assert "Prediction from compute time" in outcome.stdout and "25 µs, 10 Gbit/s (given): this model" in outcome.stdout
+    assert "It assumes that" in outcome.stdout
+    for kind in (".png", ".svg"):
+        assert (tmp_path / f"prediction{kind}").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("lossy", [("--precision", "bf16"), ("--compress", "bf16")], ids=lambda lossy: lossy[0])
+def test_a_lossy_way_is_measured_and_not_judged(tmp_path, lossy):
+    flags = ["--launchers", "spawn", "--world_sizes", "2", "--no_prediction", *lossy]
+    outcome = run([*COMPARE, *SMALL, *flags, "--output", str(tmp_path)], 300)
+    assert outcome.ok and not outcome.stderr, outcome.tail(40)
+    (row,) = read(tmp_path)["summary"]
+    assert row["parity"]["holds"] is None and "not promised" in row["parity"]["verdict"]
+    assert row["lost"]["curve_difference"] >= 0 and row["lost"]["accuracy_points"] is not None
+    assert "Against one lossless process" in outcome.stdout and "Same loss: all" not in outcome.stdout
+    roles = {s["role"] for s in read(tmp_path)["samples"]}
+    assert "lossless" in roles and not roles & {"fp64", "fp64 reference", "control"}
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
 def test_broken_parity_is_told_and_fails(tmp_path, user):
     flags = [
         "--launchers",

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import compare
-from benchmarks.harness import cases, machine, mpis, parity, plots, report, statistics, summary
+from benchmarks.harness import batch_sizes, cases, machine, mpis, parity, plots, report, statistics, summary
 from benchmarks.harness.cases import Case
 from benchmarks.harness.runner import MARKER, REPOSITORY, Running, run
 from benchmarks.harness.session import Job, Sample, Session
@@ -149,9 +149,28 @@ def test_only_the_first_twenty_float32_steps_count():
 
 
 def test_what_is_not_promised_says_why():
-    for more, word in (({"batch_dependent_layers": ["BatchNorm2d"]}, "BatchNorm2d"), ({"sampler": "distributed"}, "pads")):
+    for more, word in (
+        ({"batch_dependent_layers": ["BatchNorm2d"]}, "BatchNorm2d"),
+        ({"sampler": "distributed"}, "pads"),
+        ({"sampler": "uneven"}, "uneven"),
+        ({"compress": "powersgd"}, "--compress powersgd"),
+    ):
         verdict = parity.judge(result([1.0], **more), result([2.0]), None, None)
-        assert verdict.holds is None and word in verdict.verdict()
+        assert verdict.holds is None and word in verdict.verdict() and verdict.verdict().startswith("not promised: ")
+        assert verdict.fp64 == 0.5  # measured all the same
+    assert parity.judge(result([1.0, 2.0], sampler="uneven"), result([2.0]), None, None).fp64 is None  # not step by step
+    alone = result([1.0], compress="int8", world_size=1)
+    assert parity.judge(alone, alone, None, None).holds is True  # one rank sends nothing
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_no_broken_promise_but_a_number(precision):
+    one = result([1.0, 0.5])
+    lossy = parity.judge(one, one, result([1.0, 0.51], precision=precision), result([1.0, 0.5], precision=precision))
+    assert lossy.verdict() == f"not promised: {precision} rounds"
+    assert lossy.as_json() == {
+        "fp64_difference": 0.0, "fp32_difference": pytest.approx(0.02), "holds": None, "verdict": lossy.verdict()
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- the comparison
@@ -264,9 +283,9 @@ def test_every_picture_is_drawn(session, tmp_path):
     paths += plots.wall_clock(rows, tmp_path, "a machine")
     paths += plots.loss(session, rows, tmp_path, "a machine", 1, weak=False)
     session.samples += [sample("mpi", 2, "batch", r, 5, 2, label=f"batch size {b}") for r in range(2) for b in (16, 32)]
-    points = compare.batch_points(session, target=0.85)
+    points = batch_sizes.points(session, target=0.85)
     assert [p["batch_size"] for p in points] == [16, 32] and points[0]["seconds_to_target"].median == 2
-    assert compare.batch_points(session, target=0.95)[0]["seconds_to_target"] is None
+    assert batch_sizes.points(session, target=0.95)[0]["seconds_to_target"] is None
     paths += plots.batch_sizes(points, tmp_path, "a machine", 0.85, "none")
     assert {p.name for p in paths} == {
         f"{n}{k}" for n in ("speedup", "wall_clock", "loss", "batch_sizes") for k in (".png", ".svg")

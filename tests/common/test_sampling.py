@@ -11,7 +11,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from common.config import parse_config
 from common.rank import Rank
-from common.sampling import Distributed, Exact, make_sampler, part_of
+from common.sampling import Distributed, Exact, Uneven, make_sampler, part_of
 
 
 def ranks(world):
@@ -134,6 +134,57 @@ def test_distributed_pads_as_pytorch_does(run, epoch):
             assert all(len(s.indices) >= 1 and (s.samples or s.weight == 0) for s in shares)
 
 
+# ------------------------------------------------------------------------------------------------ unevenly much data
+
+
+@st.composite
+def uneven_runs(draw):
+    """(samples, global batch, world size, accumulate) that ``check_world`` lets through."""
+    world = draw(st.integers(1, 6))
+    length = draw(st.integers(max(world, (3 * world) // 2), 90))
+    return length, draw(st.integers(world, length)), world, draw(st.integers(1, 3))
+
+
+@given(uneven_runs(), st.integers(0, 3))
+def test_uneven_ranks_make_steps_of_their_own_until_their_data_ends(run, epoch):
+    length, batch, world, accumulate = run
+    samplers = [Uneven(length, batch, rank, seed=3, accumulate=accumulate) for rank in ranks(world)]
+    by_rank = [list(sampler.epoch(epoch)) for sampler in samplers]
+    seen = [index for steps in by_rank for shares in steps for share in shares for index in counted(share)]
+    assert sorted(seen) == list(range(length))
+    parts = [sum(share.samples for shares in steps for share in shares) for steps in by_rank]
+    whole = sum(range(world, 2 * world))
+    assert all(abs(part - length * (world + r) / whole) < 1 for r, part in enumerate(parts)) and min(parts) >= 1
+    for sampler in samplers:
+        assert sampler.steps == max(map(len, by_rank)) == len(sampler.batch_samples())
+        assert sampler.samples_per_epoch == length == sampler.batch_samples().sum()
+
+
+@given(uneven_runs())
+def test_the_gradient_of_uneven_ranks_is_the_mean_over_those_that_still_have_data(run):
+    length, batch, world, accumulate = run
+    gradient = np.random.default_rng(5).normal(size=length)  # of each sample
+    samplers = [Uneven(length, batch, rank, seed=3, accumulate=accumulate) for rank in ranks(world)]
+    by_rank = [list(sampler.epoch(0)) for sampler in samplers]
+    for step in range(samplers[0].steps):
+        active = [steps[step] for steps in by_rank if step < len(steps)]
+        brought = [index for shares in active for share in shares for index in counted(share)]
+        averaged = sum(gradient[s.indices.numpy()].mean() * s.weight for shares in active for s in shares) / world
+        assert averaged == pytest.approx(gradient[brought].mean(), rel=1e-12, abs=1e-14)
+        assert all(sampler.batch_samples()[step] == len(brought) for sampler in samplers)
+        assert all(len(s.indices) >= 1 for shares in active for s in shares)
+
+
+def test_the_last_of_uneven_ranks_makes_most_steps():
+    steps = [len(list(Uneven(1437, 64, rank, 0).epoch(0))) for rank in ranks(4)]
+    assert steps == [17, 21, 25, 29]
+
+
+def test_one_uneven_rank_does_what_one_exact_rank_does():
+    for one, other in zip(Uneven(23, 5, Rank("t"), 7).epoch(2), Exact(23, 5, Rank("t"), 7).epoch(2), strict=True):
+        assert all(torch.equal(a.indices, b.indices) and a.weight == b.weight for a, b in zip(one, other, strict=True))
+
+
 def test_distributed_counts_samples_twice_where_exact_does_not():
     both = {}
     for kind in (Exact, Distributed):
@@ -142,13 +193,13 @@ def test_distributed_counts_samples_twice_where_exact_does_not():
     assert both == {Exact: 10, Distributed: 12}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("exact", Exact), ("distributed", Distributed)])
+@pytest.mark.parametrize(("name", "kind"), [("exact", Exact), ("distributed", Distributed), ("uneven", Uneven)])
 def test_the_flag_picks_the_sampler(name, kind):
     argv = f"--sampler {name} --batch_size 2 --accumulate 2 --seed 9".split()
     sampler = make_sampler(parse_config("t", argv=argv, environment={}), 13, ranks(3)[1])
     assert type(sampler) is kind
     sizes = [[share.samples for share in shares] for shares in sampler.epoch(0)]
-    assert sizes[0] == [2, 2] and len(sizes) == 2
+    assert sizes[0] == [2, 2] and len(sizes) == (1 if kind is Uneven else 2)  # rank 1 has 4 of the 13
     again = kind(13, 12, ranks(3)[1], 9, 2)
     assert all(
         torch.equal(a.indices, b.indices)

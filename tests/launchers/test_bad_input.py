@@ -75,6 +75,9 @@ FLAGS = {
     "does not fit": (("--model", "users:Wide"), r"--model users:Wide does not fit --dataset random \(x \(2, 20\)"),
     "cannot be made": (("--model", "users:Needs"), r"--model users:Needs: Needs\(\) cannot be made"),
     "no data": (("--dataset", "users:Empty"), r"--dataset users:Empty: "),
+    "uneven by hand": (("--sampler", "uneven", "--sync", "by_hand"), r"--sampler uneven with --sync by_hand: a rank without data"),
+    "uneven below one": (("--sampler", "uneven", "--global_batch_size", 1), r"--sampler uneven with --global_batch_size 1 on 2 r"),
+    "statistics on cpu": (("--sync_batchnorm", "--device", "cpu"), r"--sync_batchnorm on cpu: PyTorch's SyncBatchNorm runs on C"),
     "sampler cannot share": (("--sampler", "distributed", "--global_batch_size", 63), r"--sampler distributed .*63: 2 parts"),
 }
 
@@ -100,6 +103,12 @@ def test_flags(tmp_path, launcher, case):
     ended = run(command(launcher, 2, *RANDOM, *flags), cwd=tmp_path)
     refused(ended, line, launcher)
     assert {path for path in tmp_path.iterdir() if path.name != "__pycache__"} == before
+
+
+@pytest.mark.parametrize("launcher", ("spawn", "torchrun", "mpi"))
+def test_no_compiler(launcher):
+    ended = run(command(launcher, 2, *RANDOM, "--compile", "--device", "cpu"), CXX="/nowhere/g++")
+    refused(ended, r"--compile: no C\+\+ compiler \(/nowhere/g\+\+ cannot be run\); install one", launcher)
 
 
 @pytest.mark.parametrize("case", ("negative epochs", "does not fit"))

@@ -1,0 +1,170 @@
+"""From runs with --step_times to rows: the parts of a step per job, way and rank, and how ways compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.harness.cases import Case
+from benchmarks.harness.session import Sample, Session
+from benchmarks.harness.statistics import Spread, paired_ratio, spread
+
+ALONE, SIDE_BY_SIDE = "alone", "side_by_side"
+REFERENCES = {
+    ALONE: "one process alone with a rank's batch",
+    SIDE_BY_SIDE: "as many such processes at once as there are ranks",
+}
+"""What a step costs without averaging: with the other cores idle, and with them as busy as the other ranks make them."""
+PARTS = ("data", "forward", "backward", "communication", "optimizer", "rest")  # common.steps imports torch
+FEWER_AT_LEAST, AGAINST_ALONE_AT_MOST = 4.0, 2.2  # times, what shared memory and MPI are to reach on the job random
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of averaging in one job, under one launcher."""
+
+    job: str
+    way: str
+    """One of ``--sync``, or of ``REFERENCES``."""
+    case: Case
+    ranks: int
+    """For how many ranks it stands; a reference's processes have a rank's share of the batch, and one rank each."""
+
+    @property
+    def role(self) -> str:
+        """Of its runs."""
+        return f"{self.job}/{self.way}/{self.ranks}"
+
+    @property
+    def title(self) -> str:
+        """In a table or picture: ``ddp (spawn)``."""
+        return self.way.replace("_", " ") if self.way in REFERENCES else f"{self.way} ({self.case.title})"
+
+
+@dataclass
+class Row:
+    """What a measured way's steps were, in seconds; medians over its repeats of the medians of each."""
+
+    measured: Measured
+    ranks: list[dict[str, Spread | None]]
+    """Per rank (or process) each part, and ``step``."""
+    step: Spread | None
+    """The slowest rank's."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For a result file."""
+        m = self.measured
+        return {
+            "job": m.job,
+            "way": m.way,
+            "launcher": m.case.launcher,
+            "variant": m.case.variant,
+            "world_size": m.ranks,
+            "threads": m.case.threads,
+            "step_seconds": self.step and self.step.as_json(),
+            "ranks": [{name: value and value.as_json() for name, value in rank.items()} for rank in self.ranks],
+        }
+
+
+def _medians(sample: Sample) -> list[dict[str, float]]:
+    """Per rank of a run, its medians; [] if it made too few steps to tell."""
+    found = ((sample.result or {}).get("step_times") or {}).get("ranks", [])
+    return [rank["median"] for rank in found if rank["median"]]
+
+
+def by_repeat(session: Session, measured: Measured) -> dict[int, list[dict[str, float]]]:
+    """{repeat: the medians of each rank, or of each process that ran at once}."""
+    found: dict[int, list[dict[str, float]]] = {}
+    for sample in session.of(measured.role, measured.case):
+        found.setdefault(sample.job.repeat, []).extend(_medians(sample))
+    return {repeat: ranks for repeat, ranks in found.items() if ranks}
+
+
+def slowest(session: Session, measured: Measured) -> dict[int, float]:
+    """{repeat: the slowest rank's median step, in seconds}."""
+    return {repeat: max(rank["step"] for rank in ranks) for repeat, ranks in by_repeat(session, measured).items()}
+
+
+def summarise(session: Session, all_measured: Sequence[Measured]) -> list[Row]:
+    """A row each."""
+    rows = []
+    for measured in all_measured:
+        repeats = by_repeat(session, measured)
+        count = max((len(ranks) for ranks in repeats.values()), default=0)
+        ranks = [
+            {name: spread([each[rank][name] for each in repeats.values() if rank < len(each)]) for name in (*PARTS, "step")}
+            for rank in range(count)
+        ]
+        rows.append(Row(measured, ranks, spread(list(slowest(session, measured).values()))))
+    return rows
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A way's step against others'; ratios of slowest ranks' median steps, taken within a repeat."""
+
+    measured: Measured
+    step: Spread
+    below_ddp: Spread | None
+    """How many times less than ddp's with as many ranks; None for ddp itself."""
+    against: dict[str, Spread]
+    """Times each of ``REFERENCES``."""
+
+    def sentence(self) -> str:
+        """In words."""
+        words = []
+        if below := self.below_ddp:
+            above = Spread(1 / below.median, 1 / below.high, 1 / below.low, below.samples)
+            words.append(f"{below.text()} times below ddp's" if below.median >= 1 else f"{above.text()} times above ddp's")
+        words += [f"{ratio.text()} times {name.replace('_', ' ')}" for name, ratio in self.against.items()]
+        ms = Spread(self.step.median * 1e3, self.step.low * 1e3, self.step.high * 1e3, self.step.samples)
+        m = self.measured
+        return f"{m.job}, {m.ranks} ranks, {m.title}: a step takes {ms.text(3)} ms{': ' if words else ''}{', '.join(words)}."
+
+    def as_json(self) -> dict[str, Any]:
+        """For a result file."""
+        m = self.measured
+        return {
+            "job": m.job,
+            "way": m.way,
+            "launcher": m.case.title,
+            "world_size": m.ranks,
+            "times_below_ddp": self.below_ddp and self.below_ddp.as_json(),
+            "times_reference": {name: ratio.as_json() for name, ratio in self.against.items()},
+        }
+
+
+def ratios(session: Session, all_measured: Sequence[Measured]) -> list[Ratio]:
+    """One a way that averages; against the first launcher's ddp where its own launcher did not run ddp."""
+    found = []
+    for measured in all_measured:
+        step = spread(list((own := slowest(session, measured)).values()))
+        if measured.way in REFERENCES or not step:
+            continue
+        peers = [m for m in all_measured if (m.job, m.ranks) == (measured.job, measured.ranks)]
+        with_ddp = [m for m in peers if m.way == "ddp"]
+        ddp = next((m for m in with_ddp if m.case == measured.case), next(iter(with_ddp), None))
+        below = paired_ratio(slowest(session, ddp), own) if ddp and measured.way != "ddp" else None
+        against = {m.way: r for m in peers if m.way in REFERENCES and (r := paired_ratio(own, slowest(session, m)))}
+        found.append(Ratio(measured, step, below, against))
+    return found
+
+
+def targets(found: Sequence[Ratio]) -> list[str]:
+    """Whether shared memory and MPI are as fast as they are meant to be, a sentence each; said of the linear job only."""
+    told = []
+    for ratio in found:
+        m = ratio.measured
+        if m.job != "random" or m.ranks != 2 or m.way not in ("shared_memory", "mpi") or not ratio.below_ddp:
+            continue
+        words = [f"{FEWER_AT_LEAST:g} times below ddp's: {_reached(ratio.below_ddp.median >= FEWER_AT_LEAST, ratio.below_ddp)}"]
+        for name, against in ratio.against.items():
+            near = _reached(against.median <= AGAINST_ALONE_AT_MOST, against)
+            words.append(f"at most {AGAINST_ALONE_AT_MOST:g} times {name.replace('_', ' ')}: {near}")
+        told.append(f"Target of {m.title}: {'; '.join(words)}.")
+    return told
+
+
+def _reached(well: bool, ratio: Spread) -> str:
+    return f"{'reached' if well else 'NOT reached'} ({ratio.median:.2f})"

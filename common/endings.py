@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from common import watch
 from common.errors import RunError, UsageError, complain, one_line
@@ -21,6 +22,8 @@ _PEER_IS_GONE = ("connection closed by peer", "connection reset by peer", "conne
 
 # The second is what is left of a Ctrl-C that comes between ``watched`` and the first line within it.
 _CTRL_C = (KeyboardInterrupt, GeneratorExit)
+
+_watched: tuple[Rank, watch.Reporter | None] | None = None
 
 
 def lost_a_peer(error: BaseException) -> bool:
@@ -53,14 +56,15 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
         SystemExit: 2 after a UsageError, 1 after any other failure, once it has been told of.
         KeyboardInterrupt: as it came.
     """
+    global _watched
     reporter = None
-    host = socket.gethostname()
     if (rank.world_size > 1 or events) and watch.supported:
         # The last start's watcher may still be there.
         group = f"{rank.master_addr}:{rank.master_port}/{rank.store_prefix}/{rank.node_rank}/{rank.restart}"
         name = group if rank.forms_group else str(events)
-        about = {"rank": rank.rank, "host": host, "parents": rank.launchers, "events": events and str(events)}
+        about = {"rank": rank.rank, "host": socket.gethostname(), "parents": rank.launchers, "events": events and str(events)}
         reporter = watch.Reporter(name, about)
+    _watched = rank, reporter
     try:
         yield
     except BaseException as error:
@@ -74,7 +78,7 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
             if isinstance(error, UsageError):
                 raise  # exit_status prints it
             if event != "interrupted":
-                complain(f"{trace}Rank {rank.rank} on {host} (pid {os.getpid()}) {cause}.")
+                complain(f"{trace}{_sentence(rank, cause)}")
         if isinstance(error, _CTRL_C):
             if of_many:  # gloo's threads may ask for the interpreter while it ends, which ends in a crash
                 sys.stdout.flush()
@@ -85,5 +89,23 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
         if reporter:
             reporter.tell(event="done")
     finally:
+        _watched = None
         if reporter:
             reporter.close()
+
+
+def _sentence(rank: Rank, cause: str) -> str:
+    return f"Rank {rank.rank} on {socket.gethostname()} (pid {os.getpid()}) {cause}."
+
+
+def end_now(cause: str) -> NoReturn:
+    """Ends this rank with status 1 from another thread than the one that trains, which waits in C code for a silent rank.
+
+    Args:
+        cause: the sentence's end: "waited 60 s for …". It is told unless a watcher knows of a rank that failed.
+    """
+    if _watched:
+        rank, reporter = _watched
+        if not (reporter and reporter.tell_and_wait(event="lost a peer", cause=cause)):
+            complain(_sentence(rank, cause))
+    os._exit(1)

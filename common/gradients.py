@@ -36,6 +36,10 @@ class Gradients(Protocol):
         """After the step's last backward: every parameter's gradient is the mean over the ranks when it returns."""
         ...
 
+    def bytes_per_step(self) -> int:
+        """What this rank hands to the collectives in a step: its gradients, or what ``--compress`` made of them in the last one."""
+        ...
+
     def close(self) -> None:
         """After the last step: gives back what it holds."""
         ...
@@ -54,6 +58,10 @@ class Alone:
 
     def finish(self) -> None:
         """Nothing to do."""
+
+    def bytes_per_step(self) -> int:
+        """Nothing is sent."""
+        return 0
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -83,6 +91,10 @@ class ByHand:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
             parameter.grad /= self.world_size
+
+    def bytes_per_step(self) -> int:
+        """The gradients."""
+        return gradient_bytes(self.model)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -117,6 +129,10 @@ class ByHandFlat:
         parts = flat.split([p.numel() for p in self.parameters])
         for parameter, grad, part in zip(self.parameters, grads, parts, strict=True):
             parameter.grad = grad.copy_(part.view_as(grad))  # laid out as it was: the optimizer may walk through its memory
+
+    def bytes_per_step(self) -> int:
+        """The gradients."""
+        return gradient_bytes(self.model)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -156,10 +172,19 @@ class DDP:
     def finish(self) -> None:
         """DDP has averaged within backward."""
 
+    def bytes_per_step(self) -> int:
+        """What the hook has counted; without, or if it sends all, the gradients."""
+        return getattr(self.state, "bytes_per_step", None) or gradient_bytes(self.wrapped)
+
     def close(self) -> None:
         """Closes the hook's state."""
         if hasattr(self.state, "close"):
             self.state.close()
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of all of ``model``'s gradients."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def _same_every_step(config: TrainConfig) -> bool:
@@ -224,9 +249,9 @@ def average_over(group: Group, model: nn.Module, config: TrainConfig, way: Way) 
     if way.name == "mpi":
         from common import mpi_allreduce
 
-        return DDP(model, group, config, *mpi_allreduce.hook(group))
+        return DDP(model, group, config, *mpi_allreduce.hook(group, model))
     if config.compress:
         from common import compression
 
-        return DDP(model, group, config, *compression.hook(config.compress, group))
+        return DDP(model, group, config, *compression.hook(config, group))
     return DDP(model, group, config)

@@ -93,6 +93,7 @@ class _Run:
     step_seconds: float = 0.0  # in training steps after the first
     eval_seconds: float = 0.0
     samples_after_first_step: int = 0
+    bytes_per_step: int = 0  # that this rank hands to the collectives
     epoch_end_seconds: list[float] = field(default_factory=list)  # of each epoch, from the end of the first step
 
     def epochs(self) -> None:
@@ -102,8 +103,8 @@ class _Run:
         with_labels = models.takes_labels(self.model)
         if self.config.compile:
             acceleration.compile(self.model)
-        self.times = step_times(self.config, self.group, self.way)
-        gradients = self.times.around(average_over(self.group, self.model, self.config, self.way))
+        self.times = step_times(self.config, self.group, self.way, self.model)
+        gradients = average_over(self.group, self.model, self.config, self.way)
         optimizer = acceleration.sgd(self.model, self.config)
         self.phases.mark("model_built")
         for epoch in range(self.config.epochs):
@@ -117,6 +118,7 @@ class _Run:
             self.eval_seconds += now() - trained
             self.epoch_end_seconds.append(self.phases.now() - self.phases.marks["first_step_done"])
             self._note_epoch(epoch, sampler, totals)
+        self.bytes_per_step = gradients.bytes_per_step()
         gradients.close()
         self.phases.mark("training_done")
         self.samples_after_first_step = sampler.samples_per_epoch * self.config.epochs - int(sampler.batch_samples()[0])
@@ -153,7 +155,7 @@ class _Run:
                     times.mark("backward")
                 sums[step] += loss.detach() * share.samples
                 times.mark("rest")
-            gradients.finish()
+            times.averaging(gradients).finish()
             times.mark("communication")
             self.precision.step(optimizer)
             times.mark("optimizer")
@@ -243,6 +245,7 @@ class _Run:
                 "sync": self.way.name,
                 "sync_asked": config.sync,
                 "compress": config.compress,
+                "bytes_per_step": self.bytes_per_step,
                 "bucket_mb": config.bucket_mb,
                 "accumulate": config.accumulate,
                 "global_batch_size": config.global_batch(rank.world_size),

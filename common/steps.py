@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from common.config import WITH_DDP, TrainConfig
 from common.device import wait_for
@@ -37,8 +37,8 @@ class Untimed:
 
     probing = False
 
-    def around(self, gradients: Gradients) -> Gradients:
-        """``gradients`` as they are."""
+    def averaging(self, gradients: Gradients) -> Gradients:
+        """``gradients``, which average this step too."""
         return gradients
 
     def steps(self, shares: Iterable[T]) -> Iterable[T]:
@@ -56,10 +56,11 @@ class Untimed:
 class StepTimes(Untimed):
     """One rank's clock readings."""
 
-    def __init__(self, group: Group, way: Way) -> None:
-        """For ``group``, whose gradients are averaged by ``way``."""
+    def __init__(self, group: Group, way: Way, model: nn.Module) -> None:
+        """For ``group``, which averages ``model``'s gradients by ``way``; all ranks call it together."""
         self.group = group
         self.probes = way.name in WITH_DDP and group.rank.world_size > 1
+        self.by_hand = ByHandFlat(model, group) if self.probes else None
         self.probing = False
         self.rows: list[list[float]] = []
         """A step a row: seconds of each of ``PARTS``, and of the whole step by a reading of its own."""
@@ -69,9 +70,9 @@ class StepTimes(Untimed):
         self._last = 0.0
         self._seen = 0
 
-    def around(self, gradients: Gradients) -> Gradients:
-        """``gradients``, made to average by hand after a probe."""
-        return _AfterProbes(gradients, self) if self.probes else gradients
+    def averaging(self, gradients: Gradients) -> Gradients:
+        """What averages this step: ``gradients``, or after a probe, which kept them from it, an all-reduce by hand."""
+        return self.by_hand if self.probing and self.by_hand else gradients
 
     def steps(self, shares: Iterable[T]) -> Iterator[T]:
         """What the sampler yields, a step each; what it takes to get it counts as data."""
@@ -135,33 +136,13 @@ class StepTimes(Untimed):
         }
 
 
-class _AfterProbes:
-    """A way that averages within backward, and by hand where ``no_sync`` kept it from it."""
-
-    def __init__(self, inner: Gradients, times: StepTimes) -> None:
-        self.inner, self.times, self.model = inner, times, inner.model
-        self.by_hand = ByHandFlat(inner.model, times.group)
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        return self.inner.no_sync()
-
-    def finish(self) -> None:
-        if self.times.probing:
-            self.by_hand.finish()
-        else:
-            self.inner.finish()
-
-    def close(self) -> None:
-        self.inner.close()
-
-
 def _rounded(seconds: list[float]) -> list[float]:
     return [round(s, 8) for s in seconds]
 
 
-def step_times(config: TrainConfig, group: Group, way: Way) -> Untimed:
-    """The recorder that ``--step_times`` asks for."""
-    return StepTimes(group, way) if config.step_times else Untimed()
+def step_times(config: TrainConfig, group: Group, way: Way, model: nn.Module) -> Untimed:
+    """The recorder that ``--step_times`` asks for; all ranks call it together."""
+    return StepTimes(group, way, model) if config.step_times else Untimed()
 
 
 def told(found: dict[str, Any]) -> str:

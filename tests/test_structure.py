@@ -83,7 +83,10 @@ def test_notebooks_run_launchers_as_subprocesses_only():
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("mpi4py", {"launchers/mpi.py", "benchmarks/peer_scripts/bare_mpi.py"}),
+        (
+            "mpi4py",
+            {"launchers/mpi.py", "common/mpi_allreduce.py", "benchmarks/collective_ways.py", "benchmarks/peer_scripts/bare_mpi.py"},
+        ),
         ("matplotlib", {"common/plots.py", "benchmarks/harness/plots.py"}),
         ("dotenv", {"common/config.py"}),
         ("rich", {"common/console.py", "benchmarks/"}),
@@ -98,6 +101,14 @@ def test_notebooks_run_launchers_as_subprocesses_only():
 )
 def test_a_package_is_used_only_where_it_belongs(package, allowed):
     assert {n for n in users(package) if not any(n == a or (a.endswith("/") and n.startswith(a)) for a in allowed)} == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "common").glob("*.py")), ids=lambda path: path.name)
+def test_mpi4py_is_imported_only_where_mpi_is_asked_for(path):
+    """Its import joins an MPI world, or fails where there is none."""
+    top = ast.parse(path.read_text(encoding="utf-8")).body
+    imports = "\n".join(ast.unparse(n) for n in top if isinstance(n, (ast.Import, ast.ImportFrom)))
+    assert "common.mpi_allreduce" not in imported(imports)
 
 
 def test_the_peers_scripts_use_nothing_of_this_project():

@@ -33,7 +33,7 @@ ASSUMPTIONS = (
     "every rank computes as fast as one process alone does",
     "gradients travel as one message, in a ring all-reduce, when backward is over (nothing overlaps)",
     "all ranks are joined by links of one kind, and nobody waits for a slower one",
-    "evaluation is left out",
+    "averaging costs what its messages cost (not what DDP itself does), and evaluation is left out",
 )
 _BYTES = {"fp64": 8}  # of a gradient; else 4: with bf16 and fp16, too, weights and their gradients are float32
 

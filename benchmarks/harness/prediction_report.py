@@ -56,7 +56,8 @@ def picture(found: Prediction, folder: Path, caption: str, threads: int) -> list
         style = STYLES[number // len(COLOURS) % len(STYLES)] if known.here else "--"
         colour = COLOURS[number % len(COLOURS)]
         ranks, speedup = model.most(known.link)
-        label = f"predicted: {known.name}\n(most: {speedup:.3g} times at {ranks:,} ranks)"
+        gain = "never gains" if ranks == 1 else f"most: {speedup:.3g} times at {ranks:,} ranks"
+        label = f"predicted: {known.name}\n({gain})"
         axes.plot(list(every), values, color=colour, linestyle=style, linewidth=1.5, label=label)
         axes.plot(ranks, speedup, "o", markersize=9, markerfacecolor="none", markeredgecolor=colour)
         lowest, highest = min(lowest, *values), max(highest, *values)
@@ -67,18 +68,18 @@ def picture(found: Prediction, folder: Path, caption: str, threads: int) -> list
         mine = [c for c in found.compared if c.row.name == launcher]
         points = [(c.row.case.world_size * shift, c.measured) for c in mine]
         ways = "/".join(dict.fromkeys(c.way for c in mine))
-        label = f"measured: {launcher},\n{ways}"
+        label = f"measured: {launcher},\n--sync {ways}"
         with_range(axes, points, number, label, color="0.15", linestyle="", markerfacecolor="white", markersize=6)
         lowest, highest = min(lowest, *(s.low for _, s in points)), max(highest, *(s.high for _, s in points))
     axes.plot([1, MOST_RANKS], [1, MOST_RANKS], color="0.5", linestyle=":", label="ideal: as many times as ranks")
     axes.axhline(1, color="0.5", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    axes.set_yscale("log")
     ticks = [2**k for k in range(MOST_RANKS.bit_length())]
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.set_xlim(0.9, MOST_RANKS * 1.1)
-    axes.set_ylim(max(lowest / 1.5, 2.0**-10), highest * 2)
+    axes.set_ylim(max(lowest / 1.5, 0.001), highest * 2)
     axes.minorticks_off()
     one = f"one process with {threads} thread{'s' * (threads > 1)}"
     axes.set(xlabel="ranks", ylabel=f"speedup over {one} (times{', N·t(1)/t(N)' if model.weak else ''})")

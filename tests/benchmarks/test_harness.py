@@ -316,7 +316,7 @@ def test_the_cases_are_what_a_user_types():
 
 def test_the_plan_interleaves_and_has_both_baselines(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
-    asked = compare.Comparison(["--world-sizes", "1", "2", "--repeats", "2", "--output", str(tmp_path)])
+    asked = compare.Comparison(["--world-sizes", "1", "2", "--repeats", "2", "--no_prediction", "--output", str(tmp_path)])
     jobs = asked.timed()
     first = [j.case for j in jobs[: len(jobs) // 2]]
     assert {(c.launcher, c.world_size) for c in first} == {(n, w) for n in cases.LAUNCHERS for w in (1, 2)}

@@ -475,7 +475,7 @@ def help_text(capsys, extra):
 @pytest.mark.parametrize("extra", [(), c.MASTER_FLAGS, RANK_FLAGS, SPAWN_FLAGS, ELASTIC_FLAGS])
 def test_help_is_grouped_with_the_common_flags_first_and_lists_every_flag(capsys, extra):
     text = help_text(capsys, extra)
-    groups = [c.COMMON, c.PARTS, c.MACHINE, c.OUTPUT] + ([c.RANKS] if extra else [])
+    groups = [c.COMMON, c.PARTS, c.GRADIENTS, c.MACHINE, c.OUTPUT] + ([c.RANKS] if extra else [])
     places = [text.index(f"\n{title}:") for title in groups]
     assert places == sorted(places) and "What it does." in text
     for name, field in FIELDS.items():
@@ -501,3 +501,9 @@ def test_a_configuration_is_frozen_and_plain():
     with pytest.raises(dataclasses.FrozenInstanceError):
         got.seed = 5
     assert all(isinstance(v, (int, float, str, bool, type(None))) for v in dataclasses.asdict(got).values())
+
+
+def test_powersgd_is_not_for_scaled_gradients():
+    """They overflow now and then, by design, and its error feedback keeps that."""
+    assert "--precision bf16" in refusal(parse, "--compress", "powersgd", "--precision", "fp16")
+    assert parse("--compress", "int8", "--precision", "fp16").compress == "int8"

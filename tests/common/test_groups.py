@@ -13,7 +13,7 @@ import torch.distributed as dist
 from common import plots
 from common.config import RANK_FLAGS, parse_config
 from common.errors import RunError, UsageError
-from common.gradients import Alone, average_over
+from common.gradients import Alone, Way, average_over
 from common.ports import PortReservation
 from common.process_group import Group, announce, process_group
 from common.rank import Rank
@@ -128,10 +128,11 @@ def test_a_process_on_its_own_forms_no_group():
     with process_group(announce(Rank("t"), config()), CPU) as group:
         assert not dist.is_initialized() and group.backend is None and group.local_cores()
         model = torch.nn.Linear(2, 2)
-        gradients = average_over(group, model)
+        gradients = average_over(group, model, config(), Way("ddp"))
         assert isinstance(gradients, Alone) and gradients.model is model
         with gradients.no_sync():
             gradients.finish()
+        gradients.close()
 
 
 def test_cores_of_this_node_only():
@@ -140,24 +141,25 @@ def test_cores_of_this_node_only():
     assert Group(rank, CPU, "gloo", arrivals).local_cores() == [[1], [1]]
 
 
-# ------------------------------------------------------------------- two real ranks: DDP and the copy through the CPU
+# ---------------------------------------------------------------------------------- two real ranks: each way of --sync
 
+WAYS = ["ddp", "by_hand", "by_hand_flat", *(["shared_memory"] if sys.platform == "linux" else [])]
 TWO = f"""
 import json, sys, time, torch
 sys.path.insert(0, {str(ROOT)!r})
 from common.config import parse_config
-from common.gradients import DDP, ThroughCpu, average_over
+from common.gradients import Way, average_over
 from common.process_group import announce, process_group
 from common.rank import Rank
 number, port = map(int, sys.argv[1:])
 torch.set_num_threads(1)
-config = parse_config("test.py", argv=["--timeout", "30"], environment={{}})
+config = parse_config("test.py", argv=["--timeout", "30", "--accumulate", "2"], environment={{}})
 rank = Rank("test", number, 2, number, 2, 0, "127.0.0.1", port)
 
-def averaged(kind, group):
+def averaged(name, group):
     torch.manual_seed(number)  # each rank starts from weights of its own: rank 0's must win
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
-    gradients = kind(net, group)
+    gradients = average_over(group, net, config, Way(name))
     torch.manual_seed(100 + number)
     for backward in range(2):  # two backward passes a step, the first of them held back
         x = torch.randn(5, 3)
@@ -167,6 +169,7 @@ def averaged(kind, group):
         else:
             gradients.model(x).square().sum().backward()
     gradients.finish()
+    gradients.close()
     return [p.grad.tolist() for p in net.parameters()], [p.tolist() for p in net.parameters()]
 
 with process_group(announce(rank, config), torch.device("cpu")) as group:
@@ -175,14 +178,14 @@ with process_group(announce(rank, config), torch.device("cpu")) as group:
     for _ in range(5):
         group.sum(value)
     five_sums = time.monotonic() - began
-    told = {{"ddp": averaged(DDP, group), "through cpu": averaged(ThroughCpu, group), "sum": group.sum(value).tolist(),
-            "gather": group.gather(value).tolist(), "kind": type(average_over(group, torch.nn.Linear(1, 1))).__name__,
+    told = {{"ways": {{name: averaged(name, group) for name in {WAYS}}}, "sum": group.sum(value).tolist(),
+            "gather": group.gather(value).tolist(),
             "left": value.tolist(), "five sums": five_sums, "pids": [a["pid"] for a in group.arrivals]}}
     print(json.dumps(told))
 """
 
 
-def test_two_ranks_average_gradients_alike_either_way():
+def test_two_ranks_average_gradients_alike_whatever_the_way():
     with PortReservation(0) as port:
         ranks = [start([sys.executable, "-W", "error", "-c", TWO, str(number), str(port)]) for number in (0, 1)]
         try:
@@ -193,17 +196,18 @@ def test_two_ranks_average_gradients_alike_either_way():
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     told = [json.loads(out.splitlines()[-1]) for out, _ in outputs]  # torch 2.9 lets gloo print before it
     for one in told:
-        grads, weights = ([torch.tensor(t) for t in part] for part in one["ddp"])
-        other_grads, other_weights = ([torch.tensor(t) for t in part] for part in one["through cpu"])
+        grads, weights = ([torch.tensor(t) for t in part] for part in one["ways"]["ddp"])
         assert len(grads) == 6 and any(g.abs().max() > 0 for g in grads)
-        for a, b in zip(grads, other_grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
+        for name in WAYS[1:]:
+            other_grads, other_weights = ([torch.tensor(t) for t in part] for part in one["ways"][name])
+            for a, b in zip(grads, other_grads, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
         assert one["sum"] == [3.0, 20.0] and one["gather"] == [[1.0, 10.0], [2.0, 10.0]]
         assert one["left"] == [1.0 + told.index(one), 10.0]  # a sum does not touch what it was given
         assert one["five sums"] < 2  # the wait for gloo's thread ends by itself, not by its limit of 1 s each
-        assert one["kind"] == "DDP" and one["pids"] == [rank.pid for rank in ranks]
-    assert told[0]["ddp"] == told[1]["ddp"] and told[0]["through cpu"] == told[1]["through cpu"]
+        assert one["pids"] == [rank.pid for rank in ranks]
+    assert told[0]["ways"] == told[1]["ways"]
 
 
 # -------------------------------------------------------------------------------------------------------------- plots

@@ -13,6 +13,14 @@ from common.rank import Rank
 from common.steps import PARTS, PROBE_EVERY, StepTimes, Untimed, step_times
 from tests.common.helpers import refusal
 
+MODEL = torch.nn.Linear(1, 1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_sent(monkeypatch):
+    """There is no process group here: setting up an all-reduce by hand sends rank 0's parameters around."""
+    monkeypatch.setattr(steps, "ByHandFlat", lambda model, group: Alone(model))
+
 
 def group(world_size=1):
     return Group(Rank("plain", 0, world_size, 0, world_size, master_addr="127.0.0.1"), torch.device("cpu"))
@@ -38,16 +46,16 @@ def one_step(times, clock, **seconds):
 
 def test_it_is_off_unless_asked_for():
     config = parse_config("test.py", argv=[], environment={})
-    off = step_times(config, group(), Way("ddp"))
-    shares, gradients = iter([1]), Alone(torch.nn.Linear(1, 1))
-    assert type(off) is Untimed and off.steps(shares) is shares and off.around(gradients) is gradients
+    off = step_times(config, group(), Way("ddp"), MODEL)
+    shares, gradients = iter([1]), Alone(MODEL)
+    assert type(off) is Untimed and off.steps(shares) is shares and off.averaging(gradients) is gradients
     assert off.gathered() is None and not off.probing
-    asked = step_times(parse_config("test.py", argv=["--step_times"], environment={}), group(), Way("ddp"))
+    asked = step_times(parse_config("test.py", argv=["--step_times"], environment={}), group(), Way("ddp"), MODEL)
     assert isinstance(asked, StepTimes)
 
 
 def test_parts_get_the_time_before_their_mark_and_add_up_to_the_step(clock):
-    times = StepTimes(group(), Way("by_hand"))
+    times = StepTimes(group(), Way("by_hand"), MODEL)
 
     def sampler():
         for _ in range(4):
@@ -67,7 +75,7 @@ def test_parts_get_the_time_before_their_mark_and_add_up_to_the_step(clock):
 
 
 def test_parts_of_real_time_add_up_to_the_step():
-    times = StepTimes(group(), Way("by_hand"))
+    times = StepTimes(group(), Way("by_hand"), MODEL)
     began = time.perf_counter()
     for _ in times.steps([None] * 20):
         for part in PARTS:
@@ -80,10 +88,11 @@ def test_parts_of_real_time_add_up_to_the_step():
 
 
 def test_what_backward_does_not_hide_is_told_by_probes(clock):
-    times = StepTimes(group(2), Way("ddp"))
+    times = StepTimes(group(2), Way("ddp"), MODEL)
     probing = []
     for _ in times.steps(range(2 * PROBE_EVERY)):
         probing.append(times.probing)
+        assert times.averaging(gradients := Alone(MODEL)) is (times.by_hand if times.probing else gradients)
         one_step(times, clock, forward=1.0, backward=2.0 if times.probing else 5.0, communication=0.5)
     assert probing == ([False] * (PROBE_EVERY - 1) + [True]) * 2, "never one of the first two: DDP is set up in them"
     assert times.unsynced == [2.0, 2.0] and len(times.rows) == 2 * PROBE_EVERY - 3
@@ -94,12 +103,14 @@ def test_what_backward_does_not_hide_is_told_by_probes(clock):
 
 @pytest.mark.parametrize(("way", "ranks"), [("by_hand", 2), ("by_hand_flat", 2), ("ddp", 1)])
 def test_no_probes_where_nothing_is_sent_within_backward(way, ranks):
-    times = StepTimes(group(ranks), Way(way))
-    assert not times.probes and times.around(gradients := Alone(torch.nn.Linear(1, 1))) is gradients
+    times = StepTimes(group(ranks), Way(way), MODEL)
+    assert not times.probes and not times.by_hand
+    for _ in times.steps(range(2 * PROBE_EVERY)):
+        assert not times.probing and times.averaging(gradients := Alone(MODEL)) is gradients
 
 
 def test_too_few_steps_to_tell(clock):
-    times = StepTimes(group(), Way("ddp"))
+    times = StepTimes(group(), Way("ddp"), MODEL)
     for _ in times.steps([None]):
         times.mark("forward")
     assert times.gathered()["ranks"][0]["median"] is None
@@ -108,7 +119,7 @@ def test_too_few_steps_to_tell(clock):
 
 def test_raw_steps_are_limited_and_medians_are_over_all(clock, monkeypatch):
     monkeypatch.setattr(steps, "KEPT", 3)
-    times = StepTimes(group(), Way("ddp"))
+    times = StepTimes(group(), Way("ddp"), MODEL)
     for number, _ in enumerate(times.steps([None] * 8)):
         one_step(times, clock, forward=float(number))
     told = times.gathered()

@@ -11,7 +11,9 @@ import time
 
 import psutil
 import pytest
-from running import ALL, FORKED, ROOT, SPAWNS, Run, command, is_listening, tracebacks_of_ours
+from running import ALL, FORKED, MPIS, ROOT, SPAWNS, Run, command, is_listening, tracebacks_of_ours
+
+from common.config import COMPRESSIONS
 
 pytestmark = [pytest.mark.launch, pytest.mark.only_on("linux")]
 
@@ -20,6 +22,7 @@ PROMISED_S = 5.0
 MAY_BE_UNSEEN = tuple(int(number) for number in os.uname().release.split(".")[:2]) < (6, 15)
 LAUNCHER_FILES = ROOT / "launchers"
 EVERY = (*ALL, "openmpi")
+WITH_MPI = ("mpi", *MPIS)
 QUIET_OR_TALKING = [(fault, peers) for fault in ("raise", "kill", "exit") for peers in ("talking", "quiet")]
 MODEL = """
 import os, pathlib, signal, time
@@ -35,13 +38,13 @@ class Fails(torch.nn.Module):
     def forward(self, x):
         if self.training:
             self.calls += 1
-            if self.calls == 3:
-                self.third()
+            if self.calls == int(os.environ.get("STEP", 3)):
+                self.fail()
         return self.layer(x)
 
-    def third(self):
+    def fail(self):
         rank = torch.distributed.get_rank()
-        if rank == 1:
+        if rank == int(os.environ.get("WHO", 1)):
             if os.environ["PEERS"] != "talking":
                 while len(list(pathlib.Path().glob("quiet-*"))) < torch.distributed.get_world_size() - 1:
                     time.sleep(0.01)
@@ -53,6 +56,8 @@ class Fails(torch.nn.Module):
                 os.kill(os.getpid(), signal.SIGKILL)
             if os.environ["FAULT"] == "exit":
                 os._exit(3)
+            if os.environ["FAULT"] == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
             if os.environ["FAULT"] == "segfault":
                 import ctypes
                 ctypes.string_at(0)
@@ -77,11 +82,11 @@ def alive(pid):
         return False
 
 
-def fail(tmp_path, launcher, fault, peers, world_size=3, more=()):
-    """Runs a model whose rank 1 fails in its third step; returns what is left and how long the last rank outlived the fault."""
+def fail(tmp_path, launcher, fault, peers, *more, world_size=3, timeout=60, who=1, step=3):
+    """Runs a model whose rank ``who`` fails in a step; returns what is left and how long the last outlived the fault."""
     (tmp_path / "broken.py").write_text(MODEL)
-    flags = ("--job", "random", "--model", "broken:Fails", "--timeout", 60, *more)
-    run = Run(command(launcher, world_size, *flags), cwd=tmp_path, FAULT=fault, PEERS=peers)
+    flags = ("--job", "random", "--model", "broken:Fails", "--timeout", timeout, *more)
+    run = Run(command(launcher, world_size, *flags), cwd=tmp_path, FAULT=fault, PEERS=peers, WHO=who, STEP=step)
     failed = tmp_path / "failed"
     run.until(failed.exists, "the fault")
     ranks = [int(file.name.partition("-")[2]) for file in tmp_path.glob("rank-*")]
@@ -94,14 +99,19 @@ def fail(tmp_path, launcher, fault, peers, world_size=3, more=()):
 
 
 @pytest.mark.parametrize(
-    "launcher, fault, peers",
+    "launcher, fault, peers, more",
     [
-        *((launcher, *case) for launcher in EVERY for case in QUIET_OR_TALKING),
-        *((spawn, *case) for spawn in SPAWNS for case in (("raise", "quiet"), ("kill", "talking"))),
+        *((launcher, *case, ()) for launcher in EVERY for case in QUIET_OR_TALKING),
+        *((spawn, *case, ()) for spawn in SPAWNS for case in (("raise", "quiet"), ("kill", "talking"))),
+        # In Allreduce, which waits in C for the dead, deaf to signals that Python would handle.
+        *((launcher, fault, "talking", ("--sync", "mpi")) for launcher in WITH_MPI for fault in ("raise", "kill", "exit")),
+        # In the hooks' callbacks, on gloo's thread.
+        *(("torchrun", fault, "talking", ("--compress", name)) for name in COMPRESSIONS for fault in ("raise", "kill")),
     ],
 )
-def test_a_failing_rank_ends_all(tmp_path, launcher, fault, peers):
-    ended, pid, seconds = fail(tmp_path, launcher, fault, peers)
+def test_a_failing_rank_ends_all(tmp_path, launcher, fault, peers, more):
+    step = 15 if more else 3  # powersgd compresses from the tenth on
+    ended, pid, seconds = fail(tmp_path, launcher, fault, peers, *more, step=step)
     print(launcher, fault, peers, f"{seconds:.2f} s", f"status {ended.status}")
     assert ended.status not in (0, 2), str(ended)
     assert seconds < PROMISED_S, str(ended)
@@ -132,6 +142,23 @@ def test_a_crash_is_named_too(tmp_path):
     assert ended.status not in (0, 2), str(ended)
     assert seconds < PROMISED_S, str(ended)
     assert re.search(r"Rank 1 on \S+ \(pid \d+\) (was killed by SIGSEGV|ended without a word)", ended.err), str(ended)
+
+
+HANGS_S = 3
+
+
+@pytest.mark.parametrize("launcher, who, named", [
+    *((launcher, 1, "rank 1, which is silent") for launcher in WITH_MPI),
+    ("mpi", 0, "rank 0, which does not answer"),  # it serves the store
+])  # fmt: skip
+def test_a_rank_that_hangs_is_named_by_those_that_wait_in_allreduce(tmp_path, launcher, who, named):
+    ended, _, seconds = fail(tmp_path, launcher, "stop", "talking", "--sync", "mpi", timeout=HANGS_S, who=who)
+    print(launcher, who, f"{seconds:.2f} s", f"status {ended.status}")
+    assert ended.status not in (0, 2), str(ended)
+    assert HANGS_S * 0.9 < seconds < HANGS_S + PROMISED_S, str(ended)
+    sentences = re.findall(r"Rank (\d) on \S+ \(pid \d+\) (.*); ending the other 2 ranks here\.", ended.err)
+    assert [cause for _, cause in sentences] == [f"waited {HANGS_S} s (--timeout) in MPI's Allreduce for {named}"], str(ended)
+    assert sentences[0][0] != str(who) and tracebacks_of_ours(ended) == 0, str(ended)
 
 
 def is_rank(process, run, launcher):
@@ -225,9 +252,16 @@ def test_a_rank_that_is_killed_as_it_is_forked(tmp_path, launcher):
 LONG = ("--job", "random", "--epochs", 1_000_000, "--data_size", 256)
 
 
-@pytest.mark.parametrize("launcher, world_size", [*((name, n) for name in EVERY for n in (1, 2)), *((name, 2) for name in SPAWNS)])
-def test_ctrl_c(tmp_path, launcher, world_size):
-    run = Run(command(launcher, world_size, *LONG), cwd=tmp_path)
+@pytest.mark.parametrize(
+    "launcher, world_size, sync",
+    [
+        *((name, n, "ddp") for name in EVERY for n in (1, 2)),
+        *((name, 2, "ddp") for name in SPAWNS),
+        *((name, 2, "mpi") for name in WITH_MPI),
+    ],
+)
+def test_ctrl_c(tmp_path, launcher, world_size, sync):
+    run = Run(command(launcher, world_size, *LONG, "--sync", sync), cwd=tmp_path)
     run.until(lambda: "Epoch [3/" in run.out, "the third epoch")
     run.interrupt()
     at = time.monotonic()

@@ -135,7 +135,7 @@ def test_several_machines_are_refused_on_all_ranks():
 @pytest.mark.parametrize("fault, peers", [(fault, peers) for fault in ("raise", "kill", "exit") for peers in ("talking", "quiet")])
 @pytest.mark.parametrize("launcher", ("plain", "spawn", "mpi"))
 def test_a_rank_that_fails_while_the_others_wait_for_it(tmp_path, launcher, fault, peers):
-    ended, pid, seconds = fail(tmp_path, launcher, fault, peers, more=("--sync", "shared_memory"))
+    ended, pid, seconds = fail(tmp_path, launcher, fault, peers, "--sync", "shared_memory")
     assert ended.status not in (0, 2), str(ended)
     assert seconds < PROMISED_S, str(ended)
     ((rank, told_pid, cause),) = re.findall(r"Rank (\d+) on \S+ \(pid (\d+)\) (.*)", ended.err)

@@ -2,7 +2,9 @@
 
 torchrun --standalone --nproc_per_node=2 benchmarks/tutorial_loop.py --epochs 3 --result tutorial.json
 
-After https://docs.pytorch.org/tutorials/beginner/ddp_series_multigpu.html: what is done, not its words.
+After https://docs.pytorch.org/tutorials/beginner/ddp_series_multigpu.html: what is done, not its words. It never looks at
+test data; here each epoch ends with the test loop of https://docs.pytorch.org/tutorials/beginner/basics/optimization_tutorial.html,
+its samples shared out by a DistributedSampler too, so that it does what the launchers do.
 """
 
 import os
@@ -23,6 +25,8 @@ from common.config import parse_config
 from common.errors import exit_status
 from common.files import write_json
 
+TEST_BATCH = 512  # images a forward pass without gradients, as in common/loop.py
+
 
 class OneByOne(TorchDataset[tuple[Tensor, Tensor]]):
     """Offers a data set sample by sample only."""
@@ -40,6 +44,20 @@ class OneByOne(TorchDataset[tuple[Tensor, Tensor]]):
         return self.data[index]
 
 
+def tested(model: DistributedDataParallel, loader: DataLoader[tuple[Tensor, Tensor]]) -> float | None:
+    """The accuracy over all ranks' parts of ``loader``; None for labels that are no classes."""
+    found = torch.zeros(2)  # right, of so many
+    model.eval()
+    with torch.no_grad():
+        for x, y in loader:
+            if not y.is_floating_point():
+                found += torch.tensor([(model(x)["logits"].argmax(1) == y).sum(), len(y)])
+    model.train()
+    dist.all_reduce(found)
+    right, of = found.tolist()
+    return right / of if of else None
+
+
 def main() -> None:
     """One rank of the tutorial's loop; rank 0 writes ``--result``."""
     config = parse_config("tutorial_loop.py", __doc__ or "")
@@ -47,16 +65,18 @@ def main() -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(config.threads or 1)
     dist.init_process_group("gloo")
-    train_data, _ = datasets.load_datasets(config, torch.device("cpu"), torch.float32)
+    train_data, test_data = datasets.load_datasets(config, torch.device("cpu"), torch.float32)
     sampler: DistributedSampler[tuple[Tensor, Tensor]] = DistributedSampler(OneByOne(train_data), seed=config.seed)
     batch = config.global_batch(world_size) // world_size
     loader = DataLoader(OneByOne(train_data), batch_size=batch, sampler=sampler)
+    test_sampler: DistributedSampler[tuple[Tensor, Tensor]] = DistributedSampler(OneByOne(test_data), shuffle=False)
+    test_loader = DataLoader(OneByOne(test_data), batch_size=TEST_BATCH, sampler=test_sampler)
     model = DistributedDataParallel(models.build_model(config))
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=0.9)
-    losses, samples = [], 0
+    losses, accuracies, samples, step_seconds = [], [], 0, 0.0
     for epoch in range(config.epochs):
         sampler.set_epoch(epoch)
-        total = torch.zeros(())
+        total, began = torch.zeros(()), phases.now()
         for x, y in loader:
             optimizer.zero_grad()
             loss = model(x, y)["loss"]
@@ -66,23 +86,31 @@ def main() -> None:
             if "first_step_done" in phases.marks:
                 samples += len(x) * world_size
             else:
-                phases.mark("first_step_done")
+                began = phases.mark("first_step_done")
+        step_seconds += phases.now() - began
         losses.append(float(total) / len(loader))
+        accuracies.append(tested(model, test_loader))
     phases.mark("training_done")
     dist.barrier()
     if rank == 0:
         seconds = phases.marks["training_done"] - phases.marks["first_step_done"]
-        print(f"Tutorial loop: {world_size} ranks, {samples / seconds:,.0f} samples/s, rank 0's last loss {losses[-1]:.4f}")
+        found = "" if accuracies[-1] is None else f", test accuracy {accuracies[-1]:.4f}"
+        rate = samples / step_seconds
+        print(f"Tutorial loop: {world_size} ranks, {rate:,.0f} samples/s, rank 0's last loss {losses[-1]:.4f}{found}")
         if config.result:
             result = {
                 "launcher": "tutorial",
                 "world_size": world_size,
                 "threads_per_rank": torch.get_num_threads(),
+                "backend": dist.get_backend(),
+                "precision": "fp32",
                 "sampler": "distributed",
                 "loss_per_step": [],
                 "train_loss_per_epoch": losses,
+                "eval_accuracy": accuracies,
                 "train_seconds": seconds,
-                "samples_per_second": samples / seconds,
+                "step_seconds": step_seconds,
+                "samples_per_second": rate,
                 "launch_seconds": phases.marks["first_step_done"],
                 "phases": phases.marks,
             }

@@ -21,6 +21,7 @@ LAUNCHERS = (*cases.LAUNCHERS, "elastic")
 SCRIPTS = REPOSITORY / "benchmarks" / "peer_scripts"
 ENVIRONMENT = REPOSITORY / ".venv-peers" / "bin" / "python"  # what `make peers` sets up
 PACKAGES = {"accelerate": "accelerate", "torchrunx": "torchrunx", "ray": "ray", "fabric": "lightning-fabric"}
+TRAINER = {"trainer": "transformers"}  # the Hugging Face Trainer: of whole trainings only (training_runs.py)
 # A launcher and the script that does the same by hand, both started alike.
 BARE = {"plain": "bare plain", "spawn": "bare spawn", "torchrun": "bare torchrun", "mpi": "bare mpi"}
 START_METHODS = {"bare spawn": "spawn", "bare forkserver": "forkserver", "bare fork": "fork"}
@@ -55,7 +56,9 @@ def _versions(python: str) -> dict[str, str]:
         "    except metadata.PackageNotFoundError: pass\n"
         "print(json.dumps(found))"
     )
-    told = subprocess.run([python, "-c", code, json.dumps(PACKAGES)], capture_output=True, text=True, timeout=60, check=True)
+    told = subprocess.run(
+        [python, "-c", code, json.dumps(PACKAGES | TRAINER)], capture_output=True, text=True, timeout=60, check=True
+    )
     versions: dict[str, str] = json.loads(told.stdout)
     return versions
 
@@ -78,7 +81,7 @@ class PeerRuns:
         if job.case.launcher in LAUNCHERS:
             return start_launcher(job, folder)
         words, own = self._command(job.case)
-        words += ["--threads", str(job.case.threads)]
+        words += ["--threads", str(job.case.threads), *job.flags]
         typed = " ".join([*(f"{name}={value}" for name, value in own.items()), shown(words)])
         return Start(words, own | _surroundings(job.case, folder), typed, SCRIPTS)
 
@@ -101,6 +104,8 @@ class PeerRuns:
             several = ["--multi_gpu"] if case.world_size > 1 else []  # else, on CPU, one process whatever is asked for
             launch = [str(Path(python).with_name("accelerate")), "launch", *several, "--num_processes", n]
             return [*launch, "--main_process_port", "0", "accelerate_loop.py"], {"ACCELERATE_USE_CPU": "true"}
+        if name == "trainer":  # torchrun, by its module: the peers' environment has torch, but not its programs
+            return [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "trainer_loop.py"], {}
         return [python, f"{name}_loop.py", "--world_size", n], {}
 
     def read(self, job: Job, folder: Path, started: float) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def _surroundings(case: Case, folder: Path) -> dict[str, str]:
     variables = {"LAUNCHLAB_PEER_OUTPUT": str(folder), "TMPDIR": str(folder)}
     if case.launcher not in ("bare plain", *START_METHODS, "bare mpi"):  # as cases.command has it for the launchers
         variables["OMP_NUM_THREADS"] = str(case.threads)
-    if case.launcher == "accelerate":  # a configuration saved by the user would decide what is launched
+    if case.launcher in ("accelerate", "trainer"):  # a configuration saved by the user would decide what is launched
         variables["HF_HOME"] = str(folder)
     if case.launcher == "torchrunx":  # else it logs into the current folder
         variables["TORCHRUNX_LOG_DIR"] = str(folder)

@@ -96,22 +96,38 @@ def _all_threads(rows: list[Row], what: str) -> float | None:
     return None
 
 
+PARTS = (("launch_seconds", "launch: command to the end of the first step", COLOURS[0]),
+         ("train_seconds", "training: all steps after the first, evaluation", COLOURS[2]),
+         ("leave_seconds", "leaving: end of training to end of command", COLOURS[4]))  # fmt: skip
+
+
 def wall_clock(rows: list[Row], folder: Path, caption: str) -> list[Path]:
     """Launch, training and leaving, stacked per launcher and world size."""
-    parts = (("launch_seconds", "launch: command to the end of the first step", COLOURS[0]),
-             ("train_seconds", "training: all steps after the first, evaluation", COLOURS[2]),
-             ("leave_seconds", "leaving: end of training to end of command", COLOURS[4]))  # fmt: skip
-    shown = [row for row in rows if all(row.figures[name] for name, _, _ in parts)]
+    shown = [row for row in rows if has_parts(row.figures)]
     drawn = figure(9.5, 1.9 + 0.32 * len(shown))
     axes = drawn.add_subplot()
     labels = [f"{row.name} · {row.case.world_size}{'*' if row.oversubscribed else ''}" for row in shown]
-    left = [0.0] * len(shown)
-    for name, label, colour in parts:
-        widths = [s.median if (s := row.figures[name]) else 0.0 for row in shown]
+    stacked(axes, labels, [row.figures for row in shown])
+    axes.set(xlabel="seconds (median; the bar's whisker is the range of the whole command)", ylabel="launcher · ranks")
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=1 if len(shown) < 4 else 3, fontsize=8)
+    more = " * more ranks than cores." if any(row.oversubscribed for row in shown) else ""
+    return both(drawn, folder, "wall_clock", f"{more} {caption}".strip())
+
+
+def has_parts(figures: Mapping[str, Spread | None]) -> bool:
+    """Whether a command's launch, training and leaving were all measured."""
+    return all(figures[name] for name, _, _ in PARTS)
+
+
+def stacked(axes: Axes, labels: Sequence[str], figures: Sequence[Mapping[str, Spread | None]]) -> None:
+    """A bar a command, cut into launch, training and leaving, with the range of the whole; the first is on top."""
+    left = [0.0] * len(labels)
+    for name, label, colour in PARTS:
+        widths = [s.median if (s := each[name]) else 0.0 for each in figures]
         axes.barh(labels, widths, left=left, color=colour, label=label, height=0.7)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    for y, row in enumerate(shown):
-        if wall := row.figures["wall_seconds"]:
+    for y, each in enumerate(figures):
+        if wall := each["wall_seconds"]:
             axes.errorbar(
                 wall.median, y, xerr=[[wall.median - wall.low], [wall.high - wall.median]], color="black", capsize=3, linewidth=1
             )
@@ -121,10 +137,6 @@ def wall_clock(rows: list[Row], folder: Path, caption: str) -> list[Path]:
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.margins(x=0.1)
-    axes.set(xlabel="seconds (median; the bar's whisker is the range of the whole command)", ylabel="launcher · ranks")
-    drawn.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=1 if len(shown) < 4 else 3, fontsize=8)
-    more = " * more ranks than cores." if any(row.oversubscribed for row in shown) else ""
-    return both(drawn, folder, "wall_clock", f"{more} {caption}".strip())
 
 
 def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads: int, weak: bool) -> list[Path]:

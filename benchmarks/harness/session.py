@@ -36,6 +36,15 @@ class Job:
     """Neighbours in a list of jobs that share this name are run at once; empty: on its own."""
 
 
+def interleaved(cases: Sequence[Case], repeats: int, flags: Callable[[Any, int], tuple[str, ...]]) -> list[Job]:
+    """Timed runs of every case, ``repeats`` times over, the order turned round every time; ``flags`` of (case, repeat)."""
+    jobs: list[Job] = []
+    for repeat in range(repeats):
+        round_ = [Job(case, "timed", flags(case, repeat), repeat, f"repeat {repeat + 1} of {repeats}") for case in cases]
+        jobs += round_ if repeat % 2 == 0 else round_[::-1]
+    return jobs
+
+
 @dataclass
 class Sample:
     """One run that was made."""

@@ -51,15 +51,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--start_method", default="spawn", help="bare_spawn.py only: spawn, forkserver or fork")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per rank")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=0, help="instead of a few steps: whole training (fitting.py)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and, in whole training, the order")
     return parser.parse_args()
 
 
-def digits() -> TensorDataset:
-    """1,437 training digits: images float32 (n, 1, 28, 28), labels int64 (n,)."""
+def digits(test: bool = False) -> TensorDataset:
+    """1,437 training digits, or 360 to test: images float32 (n, 1, 28, 28), labels int64 (n,)."""
     with np.load(DIGITS) as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     x = F.interpolate(images.float().div_(16).unsqueeze(1), size=(28, 28), mode="bilinear", align_corners=False)
-    chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(x))[: len(x) * 4 // 5])
+    order, cut = torch.from_numpy(np.random.default_rng(0).permutation(len(x))), len(x) * 4 // 5
+    chosen = order[cut:] if test else order[:cut]
     return TensorDataset(x.sub_(0.305).div_(0.325)[chosen], labels.long()[chosen])
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks import peers
 from benchmarks.harness import launch_times, peer_runs, plots, runner
 from benchmarks.harness.cases import Case
-from benchmarks.harness.peer_runs import BARE, BY_HAND, PACKAGES, Installed, PeerRuns
+from benchmarks.harness.peer_runs import BARE, BY_HAND, PACKAGES, TRAINER, Installed, PeerRuns
 from benchmarks.harness.session import Job, Sample, Session
 from benchmarks.harness.statistics import Spread
 from common.errors import RunError, UsageError
@@ -36,7 +36,7 @@ def test_a_peer_is_found_beside_this_python_or_in_its_own_environment(monkeypatc
 
 
 def test_versions_are_asked_of_the_environment_itself():
-    assert set(peer_runs._versions(sys.executable)) <= set(PACKAGES)
+    assert set(peer_runs._versions(sys.executable)) <= set(PACKAGES | TRAINER)
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--peers", "ray"], 1), ([], 0)])
@@ -158,7 +158,7 @@ def test_no_token_of_ray_is_written_into_the_result(tmp_path):
 
 def test_a_pair_is_measured_side_by_side_and_the_order_is_turned_round(monkeypatch, tmp_path):
     monkeypatch.setattr(peers, "find_peers", lambda names: {n: Installed("python", "1") for n in names})
-    asked = peers.Asked(["--world-sizes", "2", "1", "--repeats", "2", "--peers", "ray", "bare_fork", "--output", str(tmp_path)])
+    asked = peers.ask(["--world-sizes", "2", "1", "--repeats", "2", "--peers", "ray", "bare_fork", "--output", str(tmp_path)])
     jobs = asked.jobs()
     assert [(j.case.name, j.role) for j in jobs[:2]] == [("plain, 1 rank", "reference"), ("bare plain, 1 rank", "reference")]
     names = [
@@ -190,12 +190,17 @@ def test_a_pair_is_measured_side_by_side_and_the_order_is_turned_round(monkeypat
         (["--threads", "x"], "--threads x"),
         (["--time_limit", "-1"], "--time_limit -1"),
         (["--steps", "3"], "--steps 3; see --help"),
+        (["--epochs", "3"], "--epochs without --train"),
+        (["--precisions", "bf16"], "--precisions without --train"),
+        (["--train", "--epochs", "0"], "--epochs 0"),
+        (["--train", "--precisions", "fp7"], "--precisions fp7"),
+        (["--train", "--peers", "ray"], "--peers ray: not allowed; give one of trainer, accelerate, fabric, tutorial"),
         (["--output", "/proc/nowhere"], "--output /proc/nowhere"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, said):
     with pytest.raises(UsageError) as refused:
-        peers.Asked(arguments)
+        peers.ask(arguments)
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 

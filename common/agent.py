@@ -38,9 +38,11 @@ def run_agent(launch: LaunchConfig, worker: Callable[..., int], *arguments: Any)
         statuses: dict[int, int] = elastic_launch(launch, worker)(*arguments)
         return max(statuses.values())
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode not in (1, -signal.SIGTERM):  # these leave once the watcher has told
-            complain(f"elastic.py: rank {rank} ended first, with {in_words(failure.exitcode)}.")
+        # Whole seconds tell which came first, so several may; 1 and SIGTERM are how ranks leave once the watcher has told.
+        untold = [(f.timestamp, r, f.exitcode) for r, f in failed.failures.items() if f.exitcode not in (1, -signal.SIGTERM)]
+        if untold:
+            _, rank, status = min(untold)
+            complain(f"elastic.py: rank {rank} ended first, with {in_words(status)}.")
         return 1
     except (RendezvousError, DistError) as error:
         raise RunError(f"elastic.py: no group at {launch.rdzv_endpoint}, where the nodes meet: {one_line(error)}") from None

@@ -11,7 +11,6 @@ adds to forward stays in forward. A probe's all-reduce lets the ranks begin the 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Iterator
 from time import perf_counter
 from typing import Any, TypeVar
@@ -105,6 +104,8 @@ class StepTimes(Untimed):
 
     def medians(self) -> list[float]:
         """Seconds of each of ``PARTS`` and of the whole step; nan where there was no step to tell by."""
+        import statistics  # not above: every launch would pay for it
+
         if not self.rows or (self.probes and not self.unsynced):
             return [float("nan")] * (len(PARTS) + 1)
         found = [statistics.median(column) for column in zip(*self.rows, strict=True)]

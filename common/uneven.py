@@ -63,10 +63,7 @@ class _Hook(JoinHook):
         src = int(source)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                state = self.optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:  # fp16 has left out this rank's every step; SGD starts from zero anyhow
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                dist.broadcast(state["momentum_buffer"], src)
+                dist.broadcast(self.optimizer.state[parameter]["momentum_buffer"], src)
         if self.precision.scaler.is_enabled():
             scale = [self.precision.scaler.state_dict()]
             dist.broadcast_object_list(scale, src)

@@ -105,7 +105,9 @@ def test_more_failures_than_restarts_end_the_run(tmp_path, launcher):
     told = re.findall(r"Rank (\d) on \S+ \(pid \d+\) (?:was killed by SIGKILL|ended without a word)", ended.err)
     assert len(told) == 2 and (told == ["0", "1"] or MAY_BE_UNSEEN), str(ended)  # one sentence a failure
     if launcher == "elastic":
-        assert len(ended.err.splitlines()) == 3 and "elastic.py: rank 1 ended first, with SIGKILL." in ended.err, str(ended)
+        # The agent adds how the rank ended, unless the other's leaving reached it first.
+        more = [line for line in ended.err.splitlines() if not line.startswith("Rank ")]
+        assert more in ([], ["elastic.py: rank 1 ended first, with SIGKILL."]), str(ended)
 
 
 def test_bad_input_is_not_tried_again(tmp_path):

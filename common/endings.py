@@ -62,7 +62,13 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
         # The last start's watcher may still be there.
         group = f"{rank.master_addr}:{rank.master_port}/{rank.store_prefix}/{rank.node_rank}/{rank.restart}"
         name = group if rank.forms_group else str(events)
-        about = {"rank": rank.rank, "host": socket.gethostname(), "parents": rank.launchers, "events": events and str(events)}
+        about = {
+            "rank": rank.rank,
+            "host": socket.gethostname(),
+            "parents": rank.launchers,
+            "events": events and str(events),
+            "launcher_kills": rank.launcher == "mpi",
+        }
         reporter = watch.Reporter(name, about)
     _watched = rank, reporter
     try:

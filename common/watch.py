@@ -49,7 +49,8 @@ class Reporter:
 
         Args:
             key: names the run on this node; the same in all its ranks, and in no other run at the time.
-            about: rank, host, local_world_size, and optionally parents: launchers' pids whose end ends the ranks.
+            about: rank, host, and optionally parents (launchers' pids whose end ends the ranks), events (the rank's file) and
+                launcher_kills (whether a launcher answers one rank's death by SIGKILL to the others).
         """
         import hashlib  # here only: the watcher itself is to be up quickly
 
@@ -279,8 +280,9 @@ class _Watcher:
                 os.close(file)
         if not member.finished:
             cause = how_it_ended(member.pidfd, member.pid)
-            # A launcher may have been quicker than we to ask the others to leave.
-            self._fail(int(cause.endswith("SIGTERM")), member, {"event": "died", "cause": cause})
+            # A launcher may have been quicker than we to ask the others to leave, and mpirun, to make them.
+            perhaps_theirs = ("SIGTERM", "SIGKILL") if member.about.get("launcher_kills") else ("SIGTERM",)
+            self._fail(int(cause.endswith(perhaps_theirs)), member, {"event": "died", "cause": cause})
 
     def _fail(self, distance: int, member: _Member | None, what: dict[str, Any]) -> None:
         if not self.told:  # afterwards it is our own doing

@@ -173,7 +173,7 @@ class SharedMemory:
     def all_reduce(self, tensor: Tensor, mean: bool = False) -> None:
         """``tensor`` (any shape) becomes the sum over the ranks, or their mean: the same bits on all of them.
 
-        For the mean each rank divides its own first, as DDP does.
+        For the mean each rank multiplies its own by 1 / world size first, as DDP does.
         """
         flat = tensor.reshape(-1)  # a copy where the tensor is not contiguous
         if flat.nbytes <= self.slot:
@@ -187,14 +187,11 @@ class SharedMemory:
     def _reduce(self, piece: Tensor, mean: bool) -> None:
         rows, result = self._rows(piece.numel(), piece.dtype)
         if mean:
-            torch.div(piece, self.world_size, out=rows[self.rank])
-        else:
-            rows[self.rank].copy_(piece)
+            piece.mul_(1 / self.world_size)
+        rows[self.rank].copy_(piece)
         self.barrier()
-        if self.world_size == 2 and not mean:
+        if self.world_size == 2:
             piece.add_(rows[1 - self.rank])  # a + b is b + a, in bits too
-        elif self.world_size == 2:
-            torch.add(rows[0], rows[1], out=piece)
         elif piece.nbytes <= DIRECT:
             torch.sum(rows, 0, out=piece)
         else:  # everyone adds up one part, then takes all parts

@@ -4,8 +4,9 @@
     python benchmarks/steps.py --jobs random --ways alone ddp shared_memory mpi --repeats 9 --output out/steps_random
     python benchmarks/steps.py --jobs digits --launchers spawn torchrun "mpi (Open MPI)" --precision fp64
 
-Per job, way of averaging (--sync) and rank. Runs are made one after the other, the repeats interleaved; the ranks note when each
-part of each step ended (--step_times; common/steps.py says how communication within backward is told). Beside the ways: alone,
+Per job, way of averaging (--sync) and rank. Runs are made one after the other, the repeats interleaved, each twice: once the ranks
+note when each part of each step ended (--step_times; common/steps.py says how communication within backward is told), once they
+note nothing, which gives the step's mean time, by which ways are compared. Beside the ways: alone,
 one process with a rank's batch and the same threads, the other cores idle; and side_by_side, as many such processes at once as
 there are ranks, none of which knows of the others. Flags that are not listed here go to the launchers (--epochs 10, --bucket_mb 1).
 """
@@ -36,9 +37,11 @@ TITLES = {Case(name, 1, 1, v).title: (name, v) for name in cases.ALL_LAUNCHERS f
 
 EXPLAINED = (
     "Communication is what backward does not hide: for DDP's ways a rank's backward less its backward without averaging, which "
-    "every fourth step measures. It holds waiting for a slower rank. Each part is a median of its own, so they add up to the step "
-    "roughly.\n" + " ".join(f"{way.replace('_', ' ').capitalize()}: {text}." for way, text in REFERENCES.items()) + " Below, a "
-    "step is the slowest rank's, and ratios are taken within a repeat.\n"
+    "a step now and then measures. It holds waiting for a slower rank. Each part is a median of its own, so they add up to "
+    "the median step roughly. The mean step is of runs that note nothing.\n"
+    + " ".join(f"{way.replace('_', ' ').capitalize()}: {text}." for way, text in REFERENCES.items())
+    + " Below, a "
+    "step is a mean, and ratios are taken within a repeat.\n"
 )
 
 
@@ -84,7 +87,9 @@ class Steps:
         self.epochs = given.epochs
         self.limit_s: float = converted("time_limit", given.time_limit, positive)
         refuse_taken("steps.py", self.passed_on, also=("--sync", "--step_times", "--job"))
-        self.configs: dict[str, TrainConfig] = {job: parse_config("steps.py", argv=self.flags(job)) for job in self.jobs}
+        self.configs: dict[str, TrainConfig] = {
+            job: parse_config("steps.py", argv=[*self.flags(job), "--step_times"]) for job in self.jobs
+        }
         first = self.configs[self.jobs[0]]
         if first.threads == AS_SHIPPED:
             raise UsageError("--threads as_shipped: steps.py gives all the same; see benchmarks/anatomy.py --as_shipped")
@@ -102,7 +107,7 @@ class Steps:
 
     def flags(self, job: str) -> list[str]:
         """The training flags of ``job``, whatever the way."""
-        return ["--job", job, *self.passed_on, "--epochs", self.epochs or str(EPOCHS[job]), "--step_times"]
+        return ["--job", job, *self.passed_on, "--epochs", self.epochs or str(EPOCHS[job])]
 
     def _launched(self, ways: list[str], launchers: list[str], named: bool) -> list[tuple[str, str, str]]:
         """(way, launcher, variant) of all that are to run.
@@ -139,7 +144,7 @@ class Steps:
         return found
 
     def jobs_of(self, measured: Measured, repeat: int) -> list[Job]:
-        """The runs of one repeat: one, or as many at once as there are ranks."""
+        """The runs of one repeat: with parts noted and without, each one run, or as many at once as there are ranks."""
         flags = self.flags(measured.job)
         if measured.way in REFERENCES:
             config = self.configs[measured.job]
@@ -148,8 +153,11 @@ class Steps:
         else:
             flags += ["--sync", measured.way]
         label = f"{measured.job}, {measured.way}, repeat {repeat + 1} of {self.repeats}"
-        count, beside = (measured.ranks, measured.role) if measured.way == SIDE_BY_SIDE else (1, "")
-        return [Job(measured.case, measured.role, tuple(flags), repeat, label, beside)] * count
+        found = []
+        for role, more in ((measured.role, ["--step_times"]), (measured.plain_role, [])):
+            count, beside = (measured.ranks, role) if measured.way == SIDE_BY_SIDE else (1, "")
+            found += [Job(measured.case, role, (*flags, *more), repeat, label, beside)] * count
+        return found
 
     def runs(self) -> list[Job]:
         """All: repeats interleaved over the ways, the order turned round every time."""
@@ -174,13 +182,13 @@ class Steps:
 
 
 def read(job: Job, folder: Path, started: float) -> dict[str, Any]:
-    """What a good run gave, less its loss curve, which a few hundred runs would fill the file with.
+    """What a good run gave; of its loss curve, which a few hundred runs would fill the file with, the number of steps.
 
     Raises:
         RunError: it wrote no result.
     """
     result = read_launcher(job, folder, started)
-    del result["loss_per_step"]
+    result["steps_after_first"] = len(result.pop("loss_per_step")) - 1
     return result
 
 
@@ -191,7 +199,7 @@ def tables(console: Console, asked: Steps, rows: list[step_parts.Row]) -> None:
         what = f"milliseconds, median (range) of {asked.repeats}, {asked.threads} thread{s} per rank"
         made = report.table(
             f"Job {job}: where a step's time goes, {what}",
-            "way", "ranks", "rank", "data", "forward", "backward", "communication", "optimizer", "rest", "whole step",
+            "way", "ranks", "rank", "data", "forward", "backward", "communication", "optimizer", "rest", "median step", "mean step",
         )  # fmt: skip
         for row in (r for r in rows if r.measured.job == job):
             m = row.measured
@@ -199,9 +207,11 @@ def tables(console: Console, asked: Steps, rows: list[step_parts.Row]) -> None:
             for number, rank in enumerate(row.ranks):
                 parts = [f"{1000 * value.median:.3f}" if (value := rank[part]) else "–" for part in step_parts.PARTS]
                 head = (m.title, f"{m.ranks if m.way not in REFERENCES else 1}{over}") if number == 0 else ("", "")
-                made.add_row(*head, str(number), *parts, report.cell(rank["step"], 3, 1000))
+                median = f"{1000 * step.median:.3f}" if (step := rank["step"]) else "–"
+                mean = report.cell(row.mean, 3, 1000) if number == 0 else ""
+                made.add_row(*head, str(number), *parts, median, mean)
             if not row.ranks:
-                made.add_row(m.title, str(m.ranks), *["–"] * 8)
+                made.add_row(m.title, str(m.ranks), *["–"] * 9)
         console.print(made)
         console.print()
 
@@ -247,7 +257,7 @@ def main() -> int:
         say(ratio.sentence())
     for sentence in step_parts.targets(ratios):
         say(sentence)
-    if noisy := [f"{r.measured.job}, {r.measured.title}" for r in rows if r.step and r.step.noisy]:
+    if noisy := [f"{r.measured.job}, {r.measured.title}" for r in rows if r.mean and r.mean.noisy]:
         report.show_noisy(console, noisy)
     well = report.show_failures(console, session)
     if any(row.ranks for row in rows):

@@ -151,9 +151,9 @@ class _Run:
                     with self.precision.autocast():
                         loss, _ = models.loss_and_logits(gradients.model, with_labels, x, y)
                     times.mark("forward")
-                    self.precision.backward(loss * share.weight)
+                    self.precision.backward(loss if share.weight == 1 else loss * share.weight)
                     times.mark("backward")
-                sums[step] += loss.detach() * share.samples
+                sums[step].add_(loss.detach(), alpha=share.samples)
                 times.mark("rest")
             times.averaging(gradients).finish()
             times.mark("communication")

@@ -57,14 +57,14 @@ class Exact:
         parts = self.rank.world_size * self.accumulate
         mine = range(self.rank.rank * self.accumulate, (self.rank.rank + 1) * self.accumulate)
         for start in range(0, self.length, self.global_batch):
-            batch = order[start : start + self.global_batch]
-            n = len(batch)
+            n = min(self.global_batch, self.length - start)
             shares = []
             for index in mine:
-                indices = batch[part_of(n, parts, index)]
+                part = part_of(n, parts, index)
+                samples = part.stop - part.start
+                first = start + part.start if samples else start
                 # DDP divides by the ranks, not by the parts that each adds up.
-                weight = len(indices) * self.rank.world_size / n
-                shares.append(Share(indices if len(indices) else batch[:1], len(indices), weight))
+                shares.append(Share(order[first : first + (samples or 1)], samples, samples * self.rank.world_size / n))
             yield shares
 
 

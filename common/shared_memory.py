@@ -35,10 +35,14 @@ LINE = 128  # bytes between counters: two cache lines, because processors fetch 
 SLOT = 1 << 20  # bytes of a slot at the most: larger tensors go through in pieces, which stay in the caches
 DIRECT = 1 << 14  # bytes up to which every rank adds up everything, whatever the number of ranks: one barrier less
 _ALIGN = 4096
-# Spinning longer, or sched_yield, gains nothing on free cores (31 µs for a 30 µs step of two ranks either way) and loses much on
-# busy ones: beside two other busy processes 64 to 81 µs with these, 85 to 116 with 2 ms of spinning, 1.2 to 3.4 ms with yielding.
-_SPIN_S = 0.00005  # of waiting without letting go of the core
-_CROWDED_SPIN_S = 0.00001  # the same where ranks share cores
+# Of waiting without letting go of the core. A nap takes 130 µs whatever it was meant to, and finds the caches cold: a rank that
+# naps comes late, the others nap in turn, and so on for ever (a step of 134 µs took 190 to 270). So ranks spin for longer than that;
+# but where waits are longer still, because another process has the core, spinning only takes time from who is waited for (beside
+# one busy process a step takes up to 1.4 times as long). Each wait tells the next. sched_yield gains nothing on free cores, and
+# loses milliseconds on busy ones.
+_SPIN_S = 0.0003
+_SPIN_AFTER_LONG_S = 0.00005
+_CROWDED_SPIN_S = 0.00001  # where ranks share cores
 _NAP_S = 0.00005
 _made = count()
 
@@ -84,7 +88,8 @@ class SharedMemory:
         self._turn = 0
         self._views: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
         cores = set().union(*group.local_cores()) if group.arrivals else set()
-        self._spin = _SPIN_S if self.world_size <= len(cores) else _CROWDED_SPIN_S
+        self._crowded = self.world_size > len(cores)
+        self._spin = _CROWDED_SPIN_S if self._crowded else _SPIN_S
 
     def _map(self, group: Group, size: int) -> mmap.mmap:
         """The same memory in all ranks: rank 0 makes it, the others open it through its process."""
@@ -143,6 +148,7 @@ class SharedMemory:
         while clock() - began < self._spin:
             for _ in range(20):
                 if counters[other] >= turn:
+                    self._note_wait(clock() - began)
                     return
         nap = _NAP_S
         while counters[other] < turn:
@@ -155,6 +161,11 @@ class SharedMemory:
                     f"rank{'s' * (len(silent) > 1)} {', '.join(silent)} of {self.world_size} did not come to the all-reduce within "
                     f"{self.patience:g} s (--timeout)"
                 )
+        self._note_wait(clock() - began)
+
+    def _note_wait(self, seconds: float) -> None:
+        if not self._crowded:
+            self._spin = _SPIN_S if seconds < _SPIN_S else _SPIN_AFTER_LONG_S
 
     def _rows(self, numel: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``numel`` elements of the slots whose turn it is, shape (world size, numel), and as many for a result."""

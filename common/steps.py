@@ -4,9 +4,10 @@ Parts follow each other without a gap, so they add up to the step. What is looke
 not hide. Where it comes after backward (by hand), it is a part like any other. DistributedDataParallel communicates within
 backward: there every ``PROBE_EVERY``-th step is a probe, whose forward and backward run under ``no_sync``, so that its backward is
 timed without communication; the gradients are then averaged by hand, outside what is timed, so that training stays what it is (and
-uncompressed, with --compress). The exposed communication is a rank's median backward less its median backward in probes. It holds
-all that averaging adds to backward: the messages, DDP's own work (its buckets, its hooks), and waiting for a slower rank. What DDP
-adds to forward stays in forward. A probe's all-reduce lets the ranks begin the next step together.
+uncompressed, with --compress). That sends the ranks to sleep and leaves the caches cold, so the step after a probe is not counted.
+The exposed communication is a rank's median backward less its median backward in probes. It holds all that averaging adds to
+backward: the messages, DDP's own work (its buckets, its hooks), and waiting for a slower rank. What DDP adds to forward stays in
+forward.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from common.process_group import Group
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "rest")
 """optimizer: zero_grad too; rest: the loss's sum, and what the loop itself costs."""
-PROBE_EVERY = 4
+PROBE_EVERY = 8
 KEPT = 100  # raw steps a rank in a result file: the last ones; medians are over all
 
 T = TypeVar("T")
@@ -96,7 +97,7 @@ class StepTimes(Untimed):
     def _end_step(self, began: float) -> None:
         if self.probing:
             self.unsynced.append(self._seconds["backward"])
-        elif self._seen:  # the first step belongs to the launch
+        elif self._seen and not (self.probes and self._seen % PROBE_EVERY == 0):  # the first step belongs to the launch
             self.rows.append([*self._seconds.values(), self._last - began])
         self._seen += 1
         self.probing = False

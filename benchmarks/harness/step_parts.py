@@ -1,4 +1,7 @@
-"""From runs with --step_times to rows: the parts of a step per job, way and rank, and how ways compare."""
+"""From runs to rows: the parts of a step per job, way and rank, from runs with --step_times; how ways compare, from runs without.
+
+The two differ: noting costs some microseconds, every eighth step is a probe, and a median does not see what a few steps wait.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,13 @@ class Measured:
 
     @property
     def role(self) -> str:
-        """Of its runs."""
+        """Of its runs whose ranks note parts."""
         return f"{self.job}/{self.way}/{self.ranks}"
+
+    @property
+    def plain_role(self) -> str:
+        """Of its runs that note nothing."""
+        return f"{self.role}/nothing noted"
 
     @property
     def title(self) -> str:
@@ -44,13 +52,15 @@ class Measured:
 
 @dataclass
 class Row:
-    """What a measured way's steps were, in seconds; medians over its repeats of the medians of each."""
+    """What a measured way's steps were, in seconds; medians over its repeats."""
 
     measured: Measured
     ranks: list[dict[str, Spread | None]]
-    """Per rank (or process) each part, and ``step``."""
+    """Per rank (or process) each part, and ``step``: medians over a run's steps."""
     step: Spread | None
-    """The slowest rank's."""
+    """The slowest rank's median step."""
+    mean: Spread | None
+    """A run's mean step, where nothing is noted."""
 
     def as_json(self) -> dict[str, Any]:
         """For a result file."""
@@ -62,7 +72,8 @@ class Row:
             "variant": m.case.variant,
             "world_size": m.ranks,
             "threads": m.case.threads,
-            "step_seconds": self.step and self.step.as_json(),
+            "median_step_seconds": self.step and self.step.as_json(),
+            "mean_step_seconds": self.mean and self.mean.as_json(),
             "ranks": [{name: value and value.as_json() for name, value in rank.items()} for rank in self.ranks],
         }
 
@@ -86,6 +97,16 @@ def slowest(session: Session, measured: Measured) -> dict[int, float]:
     return {repeat: max(rank["step"] for rank in ranks) for repeat, ranks in by_repeat(session, measured).items()}
 
 
+def means(session: Session, measured: Measured) -> dict[int, float]:
+    """{repeat: the mean step of the runs that note nothing, in seconds; the slowest of processes that ran at once}."""
+    found: dict[int, float] = {}
+    for sample in session.of(measured.plain_role, measured.case):
+        if sample.result and (steps := sample.result["steps_after_first"]):
+            mean = sample.result["step_seconds"] / steps
+            found[sample.job.repeat] = max(mean, found.get(sample.job.repeat, 0.0))
+    return found
+
+
 def summarise(session: Session, all_measured: Sequence[Measured]) -> list[Row]:
     """A row each."""
     rows = []
@@ -96,18 +117,21 @@ def summarise(session: Session, all_measured: Sequence[Measured]) -> list[Row]:
             {name: spread([each[rank][name] for each in repeats.values() if rank < len(each)]) for name in (*PARTS, "step")}
             for rank in range(count)
         ]
-        rows.append(Row(measured, ranks, spread(list(slowest(session, measured).values()))))
+        steps = (spread(list(of(session, measured).values())) for of in (slowest, means))
+        rows.append(Row(measured, ranks, *steps))
     return rows
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A way's step against others'; ratios of slowest ranks' median steps, taken within a repeat."""
+    """A way's mean step against others', of runs that note nothing; ratios within a repeat."""
 
     measured: Measured
     step: Spread
     below_ddp: Spread | None
     """How many times less than ddp's with as many ranks; None for ddp itself."""
+    median_below_ddp: Spread | None
+    """The same of the slowest ranks' median steps, in runs that note parts."""
     against: dict[str, Spread]
     """Times each of ``REFERENCES``."""
 
@@ -115,8 +139,8 @@ class Ratio:
         """In words."""
         words = []
         if below := self.below_ddp:
-            above = Spread(1 / below.median, 1 / below.high, 1 / below.low, below.samples)
-            words.append(f"{below.text()} times below ddp's" if below.median >= 1 else f"{above.text()} times above ddp's")
+            median = f" (the median step: {_times(self.median_below_ddp, below.median >= 1)})" if self.median_below_ddp else ""
+            words.append(f"{_times(below, below.median >= 1)} times {'below' if below.median >= 1 else 'above'} ddp's{median}")
         words += [f"{ratio.text()} times {name.replace('_', ' ')}" for name, ratio in self.against.items()]
         ms = Spread(self.step.median * 1e3, self.step.low * 1e3, self.step.high * 1e3, self.step.samples)
         m = self.measured
@@ -131,23 +155,30 @@ class Ratio:
             "launcher": m.case.title,
             "world_size": m.ranks,
             "times_below_ddp": self.below_ddp and self.below_ddp.as_json(),
+            "median_step_times_below_ddp": self.median_below_ddp and self.median_below_ddp.as_json(),
             "times_reference": {name: ratio.as_json() for name, ratio in self.against.items()},
         }
+
+
+def _times(below: Spread, upright: bool) -> str:
+    return (below if upright else Spread(1 / below.median, 1 / below.high, 1 / below.low, below.samples)).text()
 
 
 def ratios(session: Session, all_measured: Sequence[Measured]) -> list[Ratio]:
     """One a way that averages; against the first launcher's ddp where its own launcher did not run ddp."""
     found = []
     for measured in all_measured:
-        step = spread(list((own := slowest(session, measured)).values()))
+        step = spread(list((own := means(session, measured)).values()))
         if measured.way in REFERENCES or not step:
             continue
         peers = [m for m in all_measured if (m.job, m.ranks) == (measured.job, measured.ranks)]
         with_ddp = [m for m in peers if m.way == "ddp"]
         ddp = next((m for m in with_ddp if m.case == measured.case), next(iter(with_ddp), None))
-        below = paired_ratio(slowest(session, ddp), own) if ddp and measured.way != "ddp" else None
-        against = {m.way: r for m in peers if m.way in REFERENCES and (r := paired_ratio(own, slowest(session, m)))}
-        found.append(Ratio(measured, step, below, against))
+        below = median = None
+        if ddp and measured.way != "ddp":
+            below, median = (paired_ratio(of(session, ddp), of(session, measured)) for of in (means, slowest))
+        against = {m.way: r for m in peers if m.way in REFERENCES and (r := paired_ratio(own, means(session, m)))}
+        found.append(Ratio(measured, step, below, median, against))
     return found
 
 

@@ -36,7 +36,7 @@ SLOT = 1 << 20  # bytes of a slot at the most: larger tensors go through in piec
 DIRECT = 1 << 14  # bytes up to which every rank adds up everything, whatever the number of ranks: one barrier less
 _ALIGN = 4096
 # Of waiting without letting go of the core. A nap takes 130 µs whatever it was meant to, and finds the caches cold: a rank that
-# naps comes late, the others nap in turn, and so on for ever (a step of 134 µs took 190 to 270). So ranks spin for longer than that;
+# naps comes late, the others nap in turn, and so on for ever (a step of 134 µs took 190 to 270). So ranks spin for longer than it;
 # but where waits are longer still, because another process has the core, spinning only takes time from who is waited for (beside
 # one busy process a step takes up to 1.4 times as long). Each wait tells the next. sched_yield gains nothing on free cores, and
 # loses milliseconds on busy ones.

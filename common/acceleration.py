@@ -11,6 +11,8 @@ from common.config import TrainConfig
 from common.errors import UsageError
 
 MOMENTUM = 0.9
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 1 << 30
 
 
 def check(config: TrainConfig, device: torch.device) -> None:
@@ -57,6 +59,23 @@ def _check_compiler(device: torch.device) -> None:
             f"--compile: compiled code includes {headers}, which is not there; install Python's headers (Debian: apt install "
             "python3-dev), or leave it out"
         )
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what tensors have freed, and use it for the next ones.
+
+    By default it maps each tensor above a threshold (128 KiB, growing to 32 MiB) anew and returns the end of its heap once 128 KiB or
+    more are free there, so the same pages are fetched and zeroed by the kernel every step (mallopt(3), M_MMAP_THRESHOLD and
+    M_TRIM_THRESHOLD). Five epochs of the digits CNN on one core of an EPYC: 2.4 s instead of 2.8, and 100 MiB more at the end.
+
+    Raises:
+        UsageError: the C library is not glibc.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)):
+        raise UsageError("--keep_memory: only glibc (most of Linux) can be told to, which is not here; leave it out")
 
 
 def placed(model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:

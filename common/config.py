@@ -136,6 +136,12 @@ class TrainConfig:
         "NAME",
     )
     channels_last: bool = flag(MACHINE, switch, "keep pictures and convolutions' weights with the channels last in memory", False)
+    keep_memory: bool = flag(
+        MACHINE,
+        switch,
+        "reuse freed memory from step to step instead of returning it to the system: fewer page faults (glibc)",
+        False,
+    )
     compile: bool = flag(MACHINE, switch, "torch.compile the model (needs a C++ compiler on CPU)", False)
     sync_batchnorm: bool = flag(MACHINE, switch, "batch statistics over all ranks (CUDA)", False)
     timeout: float | None = flag(
@@ -151,7 +157,7 @@ class TrainConfig:
     step_times: bool = flag(
         OUTPUT,
         switch,
-        "measure where a step's time goes, per rank (--result has the samples); every fourth step of DDP is a probe",
+        "measure where a step's time goes, per rank (--result has the samples); every eighth step of DDP is a probe",
         False,
     )
     log_all_ranks: bool = flag(OUTPUT, switch, "every rank prints, not only each node's first", False)

@@ -71,7 +71,7 @@ class Console:
         if self.rank.rank == 0:
             c = self.config
             half = f"autocast to {c.precision}, float32 weights" if c.precision in ("bf16", "fp16") else c.precision
-            extra = [name for name in ("channels_last", "compile", "sync_batchnorm") if getattr(c, name)]
+            extra = [name for name in ("channels_last", "compile", "sync_batchnorm", "keep_memory") if getattr(c, name)]
             slow = " (fp16 is very slow on CPU; bf16 is not)" if c.precision == "fp16" and device == "cpu" else ""
             self.line(f"Compute: {', '.join([half, *extra, 'fused SGD' if fused else 'SGD'])}{slow}")
 

@@ -46,6 +46,8 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
         dtype = precision.weights
         torch.set_num_threads(config.threads or 1)
         acceleration.check(config, device)
+        if config.keep_memory:
+            acceleration.keep_freed_memory()
         if not config.compile:
             spare_the_compiler()
         train_data, eval_data = datasets.load_datasets(config, device, dtype)
@@ -238,6 +240,7 @@ class _Run:
                 "dataset": config.dataset,
                 "precision": config.precision,
                 "channels_last": config.channels_last,
+                "keep_memory": config.keep_memory,
                 "compile": config.compile,
                 "sync_batchnorm": config.sync_batchnorm,
                 "fused_optimizer": acceleration.fused(self.model, config),

@@ -44,6 +44,7 @@ TAKEN_AND_REFUSED = {
     "bucket_mb": ([("25", 25.0), ("0.1", 0.1)], ["0", "-1", "nan", "x", ""]),
     "find_unused_parameters": ([], []),  # switches: their own tests below, and where they are used
     "channels_last": ([], []),
+    "keep_memory": ([], []),
     "compile": ([], []),
     "sync_batchnorm": ([], []),
     "step_times": ([], []),

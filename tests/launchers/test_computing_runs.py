@@ -1,6 +1,7 @@
 """Half precision, layouts, compiled models and uneven ranks, as real runs of several ranks."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -112,6 +113,20 @@ def test_bf16_and_channels_last_learn_the_digits_and_leave_equal_ranks(witness):
     assert (result["compile"], result["sync_batchnorm"]) == (False, False)
     assert "Compute: autocast to bf16, float32 weights, channels_last, fused SGD" in ended.out
     assert "Warning" not in ended.err, ended
+
+
+@pytest.mark.only_on("linux")
+def test_kept_memory_is_not_fetched_again_every_step(tmp_path):
+    faults, results = [], []
+    for flags in ((), ("--keep_memory",)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
+        results.append(trained(command("plain", 1, "--epochs", 4, *flags), tmp_path / "result.json"))
+        faults.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt - before)
+    plain, kept = results
+    assert kept["parameter_sha256"] == plain["parameter_sha256"]
+    assert kept["keep_memory"] and not plain["keep_memory"]
+    print("page faults", faults)
+    assert faults[1] < 0.7 * faults[0], faults
 
 
 @pytest.mark.parametrize("sync", ("ddp", "by_hand", "by_hand_flat"))

@@ -25,7 +25,9 @@ from benchmarks.harness.cases import FLOOR, Case
 from benchmarks.harness.command_line import Parser, converted, output_folder, refuse_taken
 from benchmarks.harness.session import Job, Session, Start, read_launcher, start_launcher
 from common import events
-from common.config import JOBS, TrainConfig, check_world, parse_config, underscored
+from common.checks import check_world
+from common.command_line import parse_config, underscored
+from common.config import JOBS, TrainConfig
 from common.errors import UsageError, exit_status
 from common.files import write_json
 from common.values import AS_SHIPPED, one_of, positive, whole

@@ -9,12 +9,15 @@ The machine's memory-copy ceiling is measured alike, as a way of its own, ``memo
 
     own         every rank at once copies n bytes within its own memory
     neighbour   every rank at once copies n bytes that the next rank has just written into memory that both map
+    hand_over   the same, with the writing counted, over bytes that the neighbour has read before
 
 For two ranks an all-reduce of n bytes cannot be faster than the second: each rank must read at least n bytes that the other wrote
 (all of the other's values, or half of them and half of the sums) and write n bytes of results. For N ranks it is 2(N-1)/N × n: the
-N-1 parts of a sum that come from elsewhere, and the N-1 sums that were made elsewhere, of n/N bytes each. What is copied between
-ranks was written in pieces of at most ``PIECE`` bytes just before (each piece is timed by itself): an all-reduce that works in
-pieces finds them in the caches, so the ceiling does too.
+N-1 parts of a sum that come from elsewhere, and the N-1 sums made elsewhere, of n/N bytes each. What is copied between ranks was
+written in pieces of at most ``PIECE`` bytes just before (each piece is timed by itself): an all-reduce that works in pieces finds
+them in the caches, so the ceiling does too. The hand-over bounds an all-reduce of tensors in a rank's own memory, which
+must be written where others can read them (unless the kernel lets it read other processes' memory). It takes far longer than the
+copy where the two cores share no cache: each line must first be taken back from the core that has read it.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from benchmarks import collective_ways
 from benchmarks.collective_ways import Way
 from benchmarks.harness.bandwidth import ITEM, size_text, whole_bytes
 from benchmarks.harness.collective_runs import MEMORY_COPY, Plan
-from common.config import parse_config
+from common.command_line import parse_config
 from common.device import choose_device, wait_for
 from common.errors import RunError
 from common.files import write_json
@@ -174,7 +177,7 @@ class Barrier:
 
 
 def memory_copy(kind: str, rows: Tensor, size: int, group: Group, barrier: Callable[[], None]) -> Call:
-    """A copy of ``size`` bytes within this rank's memory, or of what the next rank has just written into shared memory.
+    """A copy of ``size`` bytes within this rank's memory, or of what the next rank has just written into shared memory (or both).
 
     ``rows`` is that memory: float32, shape (world size, values of the largest size).
     """
@@ -191,14 +194,16 @@ def memory_copy(kind: str, rows: Tensor, size: int, group: Group, barrier: Calla
     parts = [(source[at], mine, theirs, tensor[at]) for mine, theirs, at in pieces]
 
     def seconds() -> float:
-        clock, taken = time.perf_counter, 0.0
+        clock, writing, reading = time.perf_counter, 0.0, 0.0
         for ours, mine, theirs, into in parts:
+            began = clock()
             mine.copy_(ours)
+            writing += clock() - began
             barrier()
             began = clock()
             into.copy_(theirs)
-            taken += clock() - began
-        return taken
+            reading += clock() - began
+        return reading if kind == "neighbour" else writing + reading
 
     return Call(count * ITEM, lambda: None, seconds, [tensor], tensor, expected, seconds)
 

@@ -27,7 +27,7 @@ from benchmarks.harness.cases import Case
 from benchmarks.harness.collective_runs import COPIES, MEMORY_COPY, WAYS, Plan
 from benchmarks.harness.command_line import Parser, converted, output_folder
 from benchmarks.harness.session import Job, Session
-from common.config import underscored
+from common.command_line import underscored
 from common.errors import UsageError, exit_status
 from common.files import write_json
 from common.values import one_of, part, positive, whole

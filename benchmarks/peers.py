@@ -40,7 +40,8 @@ from benchmarks.harness.peer_runs import (
     missing_in_words,
 )
 from benchmarks.harness.session import Job, Session, interleaved
-from common.config import JOBS, underscored
+from common.command_line import underscored
+from common.config import JOBS
 from common.errors import UsageError, exit_status
 from common.files import write_json
 from common.values import one_of, positive, whole

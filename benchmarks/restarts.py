@@ -26,7 +26,8 @@ from benchmarks.harness.command_line import Parser, converted, output_folder, re
 from benchmarks.harness.runner import Running
 from benchmarks.harness.session import Job, Session, Start
 from common import now
-from common.config import check_world, parse_config, underscored
+from common.checks import check_world
+from common.command_line import parse_config, underscored
 from common.errors import RunError, UsageError, exit_status
 from common.files import write_json
 from common.values import AS_SHIPPED, one_of, positive, whole

@@ -25,7 +25,9 @@ from benchmarks.harness.cases import Case
 from benchmarks.harness.command_line import Parser, converted, output_folder, refuse_taken, without
 from benchmarks.harness.session import Job, Session, read_launcher
 from benchmarks.harness.step_parts import ALONE, REFERENCES, SIDE_BY_SIDE, Measured
-from common.config import JOBS, SYNCS, TrainConfig, check_world, parse_config, underscored
+from common.checks import check_world
+from common.command_line import parse_config, underscored
+from common.config import JOBS, SYNCS, TrainConfig
 from common.errors import UsageError, exit_status
 from common.files import write_json
 from common.values import AS_SHIPPED, one_of, positive, whole

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data import Dataset as TorchDataset
 
 from common import datasets, events, models
-from common.config import parse_config
+from common.command_line import parse_config
 from common.errors import exit_status
 from common.files import write_json
 

@@ -21,9 +21,9 @@ messages cannot be summed on the way, so every rank gets all of them, (ranks - 1
 about 8n × (ranks - 1) / ranks: from eight ranks on it saves nothing.
 
 Whatever is rounded, every rank gets the same sums, or the same messages and adds them in one order: parameters stay equal in bits.
-
-No ``from __future__ import annotations`` here: DDP looks at a hook's, and takes no text for them.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from common import acceleration, checkpoint, datasets, models, now
-from common.config import JOBS, TrainConfig, check_world
+from common.checks import check_world
+from common.config import JOBS, TrainConfig
 from common.console import Console
 from common.device import choose_device, peak_memory_bytes, shared_out_memory_bytes, wait_for
 from common.events import Phases

@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import names
 from common.agent import run_agent
-from common.config import ELASTIC_FLAGS, TrainConfig, check_world, parse_config
+from common.checks import check_world
+from common.command_line import parse_config
+from common.config import ELASTIC_FLAGS, TrainConfig
 from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank

@@ -19,7 +19,8 @@ from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import MASTER_FLAGS, TrainConfig, parse_config
+from common.command_line import parse_config
+from common.config import MASTER_FLAGS, TrainConfig
 from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank

@@ -18,8 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.checks import check_world, ranks_to_start
 from common.children import wait_for_all
-from common.config import RANK_FLAGS, TrainConfig, check_world, parse_config, ranks_to_start, settings
+from common.command_line import parse_config, settings
+from common.config import RANK_FLAGS, TrainConfig
 from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank, on_this_machine, rank_number

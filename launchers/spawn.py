@@ -20,8 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.checks import check_world, ranks_to_start
 from common.children import Process, end, wait_for_all
-from common.config import SPAWN_FLAGS, TrainConfig, check_world, parse_config, ranks_to_start, settings
+from common.command_line import parse_config, settings
+from common.config import SPAWN_FLAGS, TrainConfig
 from common.errors import UsageError, exit_status
 from common.ports import PortReservation
 from common.rank import Rank

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import parse_config
+from common.command_line import parse_config
 from common.errors import UsageError, exit_status
 from common.rank import Rank, rank_number
 from common.training import train

@@ -48,7 +48,7 @@ def test_the_scan_sees_the_files():
     assert {"common/loop.py", "common/watch.py", "launchers/mpi.py", "benchmarks/__init__.py"} <= set(IMPORTS)
     assert len(LAUNCHERS) >= 4 and len(IMPORTS) >= 27
     assert "torch" in IMPORTS["common/loop.py"] and "common" in IMPORTS["launchers/plain.py"]
-    assert "dotenv" in IMPORTS["common/config.py"] and "matplotlib" in IMPORTS["common/plots.py"]  # imported within functions
+    assert "dotenv" in IMPORTS["common/command_line.py"] and "matplotlib" in IMPORTS["common/plots.py"]  # imported within functions
     assert imported("def f():\n  import a.b as c\n  from d import e\n  __import__('g')\n  x.import_module('h')") == {
         "a.b", "d", "d.e", "g", "h"
     }  # fmt: skip
@@ -88,7 +88,7 @@ def test_notebooks_run_launchers_as_subprocesses_only():
             {"launchers/mpi.py", "common/mpi_allreduce.py", "benchmarks/collective_ways.py", "benchmarks/peer_scripts/bare_mpi.py"},
         ),
         ("matplotlib", {"common/plots.py", "benchmarks/harness/plots.py"}),
-        ("dotenv", {"common/config.py"}),
+        ("dotenv", {"common/command_line.py"}),
         ("rich", {"common/console.py", "benchmarks/"}),
         ("psutil", {"benchmarks/harness/"}),
         ("PIL", {"common/plots.py"}),
@@ -148,7 +148,7 @@ def test_a_launcher_file_is_short_and_trains_nothing(path):
     assert not any(name.startswith(("torch.optim", "torch.nn", "torch.utils")) for name in names)
     called = {ast.unparse(n.func).split(".")[-1] for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)}
     assert not called & {"backward", "zero_grad", "step", "all_reduce", "DistributedDataParallel", "DataLoader", "SGD"}
-    assert ast.get_docstring(ast.parse(text)) and "common.config" in names
+    assert ast.get_docstring(ast.parse(text)) and "common.command_line" in names
 
 
 @pytest.mark.parametrize("path", LAUNCHERS + SCRIPTS, ids=lambda path: path.name)

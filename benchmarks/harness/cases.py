@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.harness import machine, mpis
 from benchmarks.harness.mpis import Mpi, program
 from benchmarks.harness.runner import REPOSITORY
-from common.config import parse_config
+from common.command_line import parse_config
 from common.errors import UsageError
 from common.values import AS_SHIPPED
 

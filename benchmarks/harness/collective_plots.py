@@ -12,7 +12,11 @@ from benchmarks.harness.plots import both, with_range
 from benchmarks.harness.statistics import Spread
 from common.plots import COLOURS, figure
 
-COPY_STYLES = {"neighbour": ("black", "--", "ceiling: copy of the\nneighbour's bytes"), "own": ("0.55", ":", "copy in own\nmemory")}
+COPY_STYLES = {
+    "neighbour": ("black", "--", "ceiling: copy of the\nneighbour's bytes"),
+    "hand_over": ("0.35", "-.", "hand-over: written for\nthe neighbour, copied\nby it"),
+    "own": ("0.55", ":", "copy in own\nmemory"),
+}
 
 
 def draw(rows: Sequence[Row], fitted: Sequence[Fitted], folder: Path, caption: str, cores: int) -> list[Path]:

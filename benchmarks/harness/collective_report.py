@@ -19,7 +19,11 @@ from benchmarks.harness.session import Sample, Session
 from benchmarks.harness.statistics import Spread, paired_ratio, spread
 
 JUDGED = 2**22  # bytes: the all-reduce that the sentences are about
-COPIES_IN_WORDS = {"neighbour": "a copy of the neighbour's bytes", "own": "a copy in own memory"}
+COPIES_IN_WORDS = {
+    "neighbour": "a copy of the neighbour's bytes",
+    "hand_over": "a hand-over (writing included)",
+    "own": "a copy in own memory",
+}
 SLOWER = "gloo"  # the way that the others are measured against
 
 

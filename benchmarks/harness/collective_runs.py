@@ -20,7 +20,7 @@ from common.errors import RunError, UsageError
 
 WAYS = ("gloo", "mpi", "shared_memory", "nccl")
 MEMORY_COPY = "memory_copy"  # no way: the ceiling
-COPIES = ("own", "neighbour")
+COPIES = ("own", "hand_over", "neighbour")
 PROGRAM = REPOSITORY / "benchmarks" / "collective_ranks.py"
 
 

@@ -9,7 +9,9 @@ from benchmarks.harness.cases import Case
 from benchmarks.harness.command_line import Parser, converted, output_folder, refuse_taken, without
 from benchmarks.harness.lossy import LOSSLESS
 from benchmarks.harness.session import Job
-from common.config import JOBS, TrainConfig, check_world, parse_config, train_size, underscored
+from common.checks import check_world, train_size
+from common.command_line import parse_config, underscored
+from common.config import JOBS, TrainConfig
 from common.errors import UsageError
 from common.values import AS_SHIPPED, one_of, positive, whole
 

@@ -378,7 +378,10 @@ def test_a_way_stands_beside_gloo_and_below_a_copy(session):
     assert mine.of_copies["own"].median == pytest.approx(mine.of_copies["neighbour"].median / 2)
     told = mine.sentence()
     assert told.startswith("all_reduce of 4 MiB, 2 ranks, shared_memory: 7.")
-    assert "times gloo's bandwidth, 50% (50%–50%) of a copy of the neighbour's bytes, 25% (25%–25%) of a copy in own" in told
+    assert (
+        "times gloo's bandwidth, 50% (50%–50%) of a copy of the neighbour's bytes, " in told
+        and "25% (25%–25%) of a copy in own" in told
+    )
     assert mine.as_json()["times_gloo"]["samples"] == 3
 
 

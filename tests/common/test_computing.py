@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from common import acceleration, models
-from common.config import check_world, parse_config
+from common.checks import check_world
+from common.command_line import parse_config
 from common.gradients import choose_way
 from common.ports import PortReservation
 from common.precision import Precision
@@ -173,7 +174,7 @@ UNEVEN = """
 import json, sys
 import torch
 from common import acceleration
-from common.config import parse_config
+from common.command_line import parse_config
 from common.gradients import DDP
 from common.precision import Precision
 from common.process_group import announce, process_group
@@ -232,7 +233,7 @@ TWO_ON_ONE_GPU = """
 import sys
 import torch
 from common import acceleration
-from common.config import parse_config
+from common.command_line import parse_config
 from common.gradients import DDP, ByHand
 from common.process_group import announce, process_group
 from common.rank import Rank

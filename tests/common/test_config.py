@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import config as c
-from common.config import ELASTIC_FLAGS, FIELDS, RANK_FLAGS, SPAWN_FLAGS, check_world, parse_config, ranks_to_start
+from common.checks import check_world, ranks_to_start, train_size
+from common.command_line import parse_config
+from common.config import ELASTIC_FLAGS, FIELDS, RANK_FLAGS, SPAWN_FLAGS
 from common.errors import UsageError
 from tests.common.helpers import ROOT, refusal
 
@@ -400,7 +402,7 @@ def test_what_can_be_trained_is_not_refused(argv, world, samples):
 def test_the_size_of_the_digits_is_the_real_one():
     from common.datasets import digits
 
-    assert c.train_size(parse()) == c.DIGITS_TRAIN_SIZE == len(digits()[0])
+    assert train_size(parse()) == c.DIGITS_TRAIN_SIZE == len(digits()[0])
 
 
 @pytest.mark.parametrize(("argv", "one_node", "seconds"), [("", True, 60.0), ("", False, 600.0), ("--timeout 5", False, 5.0)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import models
-from common.config import parse_config
+from common.command_line import parse_config
 from common.console import Console
 from common.process_group import Group
 from common.rank import Rank

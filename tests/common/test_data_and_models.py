@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common import checkpoint, datasets, device, models
-from common.config import FIELDS, RANK_FLAGS, parse_config
+from common.command_line import parse_config
+from common.config import FIELDS, RANK_FLAGS
 from common.rank import Rank
 from tests.common.helpers import ROOT, refusal
 

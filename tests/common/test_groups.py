@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from common import plots
-from common.config import RANK_FLAGS, parse_config
+from common.command_line import parse_config
+from common.config import RANK_FLAGS
 from common.errors import RunError, UsageError
 from common.gradients import Alone, Way, average_over
 from common.ports import PortReservation
@@ -147,7 +148,7 @@ WAYS = ["ddp", "by_hand", "by_hand_flat", *(["shared_memory"] if sys.platform ==
 TWO = f"""
 import json, sys, time, torch
 sys.path.insert(0, {str(ROOT)!r})
-from common.config import parse_config
+from common.command_line import parse_config
 from common.gradients import Way, average_over
 from common.process_group import announce, process_group
 from common.rank import Rank

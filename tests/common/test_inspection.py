@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from common import console
 from common.collectives import Check, Collective, check_collectives, collectives
-from common.config import parse_config
+from common.command_line import parse_config
 from common.errors import RunError
 from common.inspection import (
     HIDDEN,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data.distributed import DistributedSampler
 
-from common.config import parse_config
+from common.command_line import parse_config
 from common.rank import Rank
 from common.sampling import Distributed, Exact, Uneven, make_sampler, part_of
 

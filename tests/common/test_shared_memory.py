@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import shared_memory
-from common.config import parse_config
+from common.command_line import parse_config
 from common.gradients import choose_way
 from common.ports import PortReservation
 from common.process_group import Group
@@ -73,7 +73,7 @@ def test_a_process_on_its_own_shares_with_itself():
 RANKS = """
 import json, os, sys
 import torch
-from common.config import parse_config
+from common.command_line import parse_config
 from common.process_group import announce, process_group
 from common.rank import Rank
 from common.shared_memory import DIRECT, SLOT, SharedMemory
@@ -177,7 +177,7 @@ def test_every_collective_of_every_size_and_type(world):
 OTHERS_MEMORY = """
 import sys
 import torch
-from common.config import parse_config
+from common.command_line import parse_config
 from common.errors import exit_status
 from common.process_group import announce, process_group
 from common.rank import Rank

@@ -207,7 +207,7 @@ def look(place):
     open(place, "w").write(repr(mine))
 
 if __name__ == "__main__":
-    from common.config import parse_config
+    from common.command_line import parse_config
     from common.warm import start_server
     start_server(parse_config("served.py", argv=["--job", "random"]))
     print(os.getcwd(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)

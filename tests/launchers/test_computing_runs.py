@@ -8,7 +8,7 @@ import pytest
 import torch
 from running import ROOT, command, run, trained
 
-from common.config import parse_config
+from common.command_line import parse_config
 from common.datasets import load_datasets
 from common.models import build_model
 from common.rank import Rank
@@ -191,6 +191,8 @@ def uneven_alone(config, world_size):
         ("spawn", 3, ()),
         ("torchrun", 3, ("--accumulate", 2)),
         ("mpi", 4, ("--find_unused_parameters",)),
+        ("spawn", 3, ("--sync", "shared_memory")),
+        ("mpi", 3, ("--sync", "mpi", "--bucket_mb", 0.001)),
     ],
 )
 def test_uneven_ranks_compute_the_mean_over_those_that_have_data(tmp_path, launcher, world_size, more):
@@ -201,6 +203,16 @@ def test_uneven_ranks_compute_the_mean_over_those_that_have_data(tmp_path, launc
     config = parse_config("test", argv=[str(word) for word in flags], environment={})
     assert many["sampler"] == "uneven"
     assert difference(many["loss_per_step"], uneven_alone(config, world_size)) < 1e-9
+
+
+@pytest.mark.parametrize("compress", ("fp16", "bf16", "int8", "powersgd"))
+def test_uneven_ranks_that_compress_end_equal(witness, compress):
+    """A rank without data left sends zeros, compressed as the others' gradients are."""
+    result, wrote, _ = witness(
+        3, "--model", "witness:Net", "--dataset", "digits", "--sampler", "uneven", "--epochs", 2, "--compress", compress
+    )
+    assert len(set(wrote["end"])) == 1 and wrote["end"] != wrote["start"]
+    assert result["train_loss_per_epoch"][1] < result["train_loss_per_epoch"][0]
 
 
 def test_uneven_ranks_see_every_sample_once_and_end_equal(witness):

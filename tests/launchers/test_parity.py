@@ -8,7 +8,7 @@ import pytest
 import torch
 from running import LAUNCHERS, MPIS, SPAWNS, command, run, trained
 
-from common.config import parse_config
+from common.command_line import parse_config
 from common.datasets import load_datasets
 from common.models import build_model
 

@@ -6,9 +6,9 @@
 
 Per job, way of averaging (--sync) and rank. Runs are made one after the other, the repeats interleaved, each twice: once the ranks
 note when each part of each step ended (--step_times; common/steps.py says how communication within backward is told), once they
-note nothing, which gives the step's mean time, by which ways are compared. Beside the ways: alone,
-one process with a rank's batch and the same threads, the other cores idle; and side_by_side, as many such processes at once as
-there are ranks, none of which knows of the others. Flags that are not listed here go to the launchers (--epochs 10, --bucket_mb 1).
+note nothing, which gives the step's mean time, by which ways are compared. Beside the ways: one_process, with the whole batch and
+a rank's threads; alone, the same with a rank's batch; and side_by_side, as many such processes at once as there are ranks, none of
+which knows of the others: no way can be faster. Flags that are not listed here go to the launchers (--epochs 10, --bucket_mb 1).
 """
 
 import signal
@@ -24,7 +24,7 @@ from benchmarks.harness import cases, machine, report, step_parts, step_plots
 from benchmarks.harness.cases import Case
 from benchmarks.harness.command_line import Parser, converted, output_folder, refuse_taken, without
 from benchmarks.harness.session import Job, Session, read_launcher
-from benchmarks.harness.step_parts import ALONE, REFERENCES, SIDE_BY_SIDE, Measured
+from benchmarks.harness.step_parts import ALONE, ONE, REFERENCES, SIDE_BY_SIDE, Measured
 from common.checks import check_world
 from common.command_line import parse_config, underscored
 from common.config import JOBS, SYNCS, TrainConfig
@@ -150,7 +150,8 @@ class Steps:
         flags = self.flags(measured.job)
         if measured.way in REFERENCES:
             config = self.configs[measured.job]
-            batch = -(-config.global_batch(measured.ranks) // measured.ranks)
+            batch = config.global_batch(measured.ranks)
+            batch = batch if measured.way == ONE else -(-batch // measured.ranks)
             flags = without(without(flags, "--batch_size"), "--global_batch_size") + ["--global_batch_size", str(batch)]
         else:
             flags += ["--sync", measured.way]
@@ -205,7 +206,7 @@ def tables(console: Console, asked: Steps, rows: list[step_parts.Row]) -> None:
         )  # fmt: skip
         for row in (r for r in rows if r.measured.job == job):
             m = row.measured
-            over = report.OVERSUBSCRIBED if (m.ranks if m.way != ALONE else 1) * m.case.threads > asked.cores else ""
+            over = report.OVERSUBSCRIBED if (m.ranks if m.way not in (ONE, ALONE) else 1) * m.case.threads > asked.cores else ""
             for number, rank in enumerate(row.ranks):
                 parts = [f"{1000 * value.median:.3f}" if (value := rank[part]) else "–" for part in step_parts.PARTS]
                 head = (m.title, f"{m.ranks if m.way not in REFERENCES else 1}{over}") if number == 0 else ("", "")

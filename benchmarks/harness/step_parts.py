@@ -13,12 +13,13 @@ from benchmarks.harness.cases import Case
 from benchmarks.harness.session import Sample, Session
 from benchmarks.harness.statistics import Spread, paired_ratio, spread
 
-ALONE, SIDE_BY_SIDE = "alone", "side_by_side"
+ONE, ALONE, SIDE_BY_SIDE = "one_process", "alone", "side_by_side"
 REFERENCES = {
+    ONE: "one process with the whole batch",
     ALONE: "one process alone with a rank's batch",
     SIDE_BY_SIDE: "as many such processes at once as there are ranks",
 }
-"""What a step costs without averaging: with the other cores idle, and with them as busy as the other ranks make them."""
+"""What a step costs in one process; with a rank's batch and the other cores idle; with them as busy as other ranks make them."""
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "rest")  # common.steps imports torch
 FEWER_AT_LEAST, AGAINST_ALONE_AT_MOST = 4.0, 2.2  # times, what shared memory and MPI are to reach on the job random
 
@@ -133,7 +134,11 @@ class Ratio:
     median_below_ddp: Spread | None
     """The same of the slowest ranks' median steps, in runs that note parts."""
     against: dict[str, Spread]
-    """Times each of ``REFERENCES``."""
+    """Times each of ``REFERENCES`` that has a rank's batch."""
+    speedup: Spread | None
+    """Over one process with the whole batch."""
+    limit: Spread | None
+    """The same of processes side by side, which average nothing."""
 
     def sentence(self) -> str:
         """In words."""
@@ -142,6 +147,9 @@ class Ratio:
             median = f" (the median step: {_times(self.median_below_ddp, below.median >= 1)})" if self.median_below_ddp else ""
             words.append(f"{_times(below, below.median >= 1)} times {'below' if below.median >= 1 else 'above'} ddp's{median}")
         words += [f"{ratio.text()} times {name.replace('_', ' ')}" for name, ratio in self.against.items()]
+        if self.speedup:
+            limit = f" (side by side: {self.limit.text()})" if self.limit else ""
+            words.append(f"{self.speedup.text()} times as fast as one process with the whole batch{limit}")
         ms = Spread(self.step.median * 1e3, self.step.low * 1e3, self.step.high * 1e3, self.step.samples)
         m = self.measured
         return f"{m.job}, {m.ranks} ranks, {m.title}: a step takes {ms.text(3)} ms{': ' if words else ''}{', '.join(words)}."
@@ -157,6 +165,8 @@ class Ratio:
             "times_below_ddp": self.below_ddp and self.below_ddp.as_json(),
             "median_step_times_below_ddp": self.median_below_ddp and self.median_below_ddp.as_json(),
             "times_reference": {name: ratio.as_json() for name, ratio in self.against.items()},
+            "speedup_over_one_process": self.speedup and self.speedup.as_json(),
+            "speedup_of_side_by_side": self.limit and self.limit.as_json(),
         }
 
 
@@ -177,8 +187,10 @@ def ratios(session: Session, all_measured: Sequence[Measured]) -> list[Ratio]:
         below = median = None
         if ddp and measured.way != "ddp":
             below, median = (paired_ratio(of(session, ddp), of(session, measured)) for of in (means, slowest))
-        against = {m.way: r for m in peers if m.way in REFERENCES and (r := paired_ratio(own, means(session, m)))}
-        found.append(Ratio(measured, step, below, median, against))
+        references = {m.way: means(session, m) for m in peers if m.way in REFERENCES}
+        against = {way: r for way in (ALONE, SIDE_BY_SIDE) if (r := paired_ratio(own, references.get(way, {})))}
+        speedup, limit = (paired_ratio(references.get(ONE, {}), to) for to in (own, references.get(SIDE_BY_SIDE, {})))
+        found.append(Ratio(measured, step, below, median, against, speedup, limit))
     return found
 
 

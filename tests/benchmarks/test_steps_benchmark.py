@@ -28,8 +28,8 @@ def asked(tmp_path, *argv):
 def test_every_way_gets_a_launcher_that_fits(tmp_path):
     plan = asked(tmp_path, "--jobs", "random")
     assert {way: launcher for way, launcher, _ in plan.ways} == {
-        "alone": "plain", "side_by_side": "plain", "ddp": "spawn", "by_hand": "spawn", "by_hand_flat": "spawn",
-        "shared_memory": "spawn", "mpi": "mpi",
+        "one_process": "plain", "alone": "plain", "side_by_side": "plain",
+        "ddp": "spawn", "by_hand": "spawn", "by_hand_flat": "spawn", "shared_memory": "spawn", "mpi": "mpi",
     }  # fmt: skip
     of_mpi = asked(tmp_path, "--launchers", "mpi", "--ways", "ddp", "mpi")
     assert of_mpi.ways == [("ddp", "mpi", ""), ("mpi", "mpi", "")], "with MPI's launcher alone all ways run under it"
@@ -123,6 +123,7 @@ def session(measured):
             *samples(measured["ddp"], repeat, 0.9 * drift, 1.0 * drift, mean=1.2),
             *samples(measured["shared_memory"], repeat, 0.2 * drift, 0.19 * drift),
             *samples(measured["mpi"], repeat, 0.5 * drift, 0.4 * drift),
+            *samples(measured["one_process"], repeat, 0.3 * drift),
             *samples(measured["alone"], repeat, 0.1 * drift),
             *samples(measured["side_by_side"], repeat, 0.1 * drift),  # two processes, a run each
             *samples(measured["side_by_side"], repeat, 0.125 * drift),
@@ -142,7 +143,8 @@ def test_ratios_are_of_slowest_ranks_within_a_repeat(session, measured):
     assert shared.sentence() == (
         "random, 2 ranks, shared_memory (spawn): a step takes 0.300 (0.200–0.400) ms: 6.00 (6.00–6.00) times below ddp's "
         "(the median step: 5.00 (5.00–5.00)), "
-        "2.00 (2.00–2.00) times alone, 1.60 (1.60–1.60) times side by side."
+        "2.00 (2.00–2.00) times alone, 1.60 (1.60–1.60) times side by side, 1.50 (1.50–1.50) times as fast as one process with the "
+        "whole batch (side by side: 2.40 (2.40–2.40))."
     )
     session.samples[0].result["step_times"]["ranks"][1]["median"]["step"] = 0.0001  # ddp's slowest rank is now the other
     slower = next(r for r in step_parts.ratios(session, list(measured.values())) if r.measured.way == "mpi").median_below_ddp

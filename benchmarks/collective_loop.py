@@ -9,7 +9,7 @@ The machine's memory-copy ceiling is measured alike, as a way of its own, ``memo
 
     own         every rank at once copies n bytes within its own memory
     neighbour   every rank at once copies n bytes that the next rank has just written into memory that both map
-    hand_over   the same, with the writing counted, over bytes that the neighbour has read before
+    hand_over   the same, with the writing counted, through two pieces of that memory in turn, which the neighbour has read before
 
 For two ranks an all-reduce of n bytes cannot be faster than the second: each rank must read at least n bytes that the other wrote
 (all of the other's values, or half of them and half of the sums) and write n bytes of results. For N ranks it is 2(N-1)/N × n: the
@@ -189,9 +189,12 @@ def memory_copy(kind: str, rows: Tensor, size: int, group: Group, barrier: Calla
     whose = (me + 1) % n
     expected = values(whose, count, group.device)
     step = PIECE // ITEM
-    pieces = [(rows[me, i : min(i + step, count)], rows[whose, i : min(i + step, count)], slice(i, min(i + step, count)))
-              for i in range(0, count, step)]  # fmt: skip
-    parts = [(source[at], mine, theirs, tensor[at]) for mine, theirs, at in pieces]
+    parts = []
+    for number, first in enumerate(range(0, count, step)):
+        at = slice(first, min(first + step, count))
+        begin = number % 2 * step if kind == "hand_over" else first
+        there = slice(begin, begin + at.stop - at.start)
+        parts.append((source[at], rows[me, there], rows[whose, there], tensor[at]))
 
     def seconds() -> float:
         clock, writing, reading = time.perf_counter, 0.0, 0.0

@@ -92,7 +92,12 @@ def channels_last(tensor: Tensor) -> Tensor:
 
     Convolutions read a pixel's channels together; with the usual layout their library rearranges them first, every time.
     """
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+    if tensor.ndim != 4:
+        return tensor
+    _, channels, height, width = tensor.shape
+    # Of one channel torch says that it is in this layout already, but its strides do not, and convolutions go by those.
+    strides = (height * width * channels, 1, width * channels, channels)
+    return tensor.contiguous(memory_format=torch.channels_last).as_strided(tensor.shape, strides)
 
 
 def with_common_statistics(model: nn.Module) -> nn.Module:

@@ -316,3 +316,11 @@ def test_uneven_needs_ddp_which_apples_gpus_have_not():
 def test_compiling_ranks_may_take_longer():
     assert config().patience(True) == 60 and config("--compile").patience(True) == 600
     assert config("--compile --timeout 5").patience(True) == 5
+
+
+def test_one_channel_is_laid_out_last_too():
+    """torch calls such a tensor channels_last whatever its strides are; convolutions go by the strides."""
+    picture = acceleration.channels_last(torch.arange(32.0).view(2, 1, 4, 4))
+    assert picture.stride() == (16, 1, 4, 1) and picture.flatten().tolist() == list(range(32))
+    model = acceleration.placed(models.CNN(), config("--channels_last"), CPU, torch.float32)
+    assert model.conv1(acceleration.channels_last(torch.zeros(2, 1, 28, 28))).stride()[1] == 1

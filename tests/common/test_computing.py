@@ -324,3 +324,24 @@ def test_one_channel_is_laid_out_last_too():
     assert picture.stride() == (16, 1, 4, 1) and picture.flatten().tolist() == list(range(32))
     model = acceleration.placed(models.CNN(), config("--channels_last"), CPU, torch.float32)
     assert model.conv1(acceleration.channels_last(torch.zeros(2, 1, 28, 28))).stride()[1] == 1
+
+
+def test_a_parameter_may_be_used_for_the_first_time_in_a_later_step():
+    asked, trained = config(), []
+    for make in (
+        lambda m: acceleration.sgd(m, asked),
+        lambda m: torch.optim.SGD(m.parameters(), asked.learning_rate, momentum=0.9),
+    ):
+        torch.manual_seed(0)
+        model = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+        optimizer = make(model)
+        for step in range(4):
+            optimizer.zero_grad()
+            x = torch.ones(2, 3) * (step + 1)
+            for layer in model[: 1 + step // 2]:
+                x = layer(x)
+            x.square().sum().backward()
+            optimizer.step()
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert acceleration.fused(model, asked)
+    assert torch.allclose(*trained, rtol=1e-6) and trained[0].isfinite().all()

@@ -105,7 +105,7 @@ def known_links(path: str | None, given: Sequence[Link]) -> tuple[list[KnownLink
     source = Path(path) if path else MEASURED_LINKS
     source = source / "collectives.json" if source.is_dir() else source
     if not path and not source.is_file():
-        return known, "" if known else f"No prediction: no link is known. {HOW_TO[0].upper()}{HOW_TO[1:]}."
+        return known, "" if known else f"No prediction: no link is known; {HOW_TO}."
     measured = links.read(source)
     here = machine.same(_machine(source), machine.describe())
     if not here and not path:

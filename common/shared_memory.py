@@ -5,13 +5,15 @@ caches, where a backend made for networks sends every byte through a socket. Slo
 again has passed the barrier of slot B, which all others reached after they had read slot A.
 
 Memory ordering: a counter must not be seen before the data that was written before it. x86-64 keeps stores in order, and loads
-(Intel's manual, volume 3, "Memory Ordering"; AMD's, volume 2, 7.2), and an aligned word is written whole; other architectures would
-need fences that Python does not have, so they are refused. Nothing has a name in /dev/shm: the buffer is a memfd (memfd_create(2)),
+(Intel's manual, volume 3, "Memory Ordering"; AMD's, volume 2, 7.2), and an aligned word is written whole; so is what a string store
+wrote, as memmove uses them, for who sees a later store (Intel, ibid., "Fast-String Operation"). Other architectures would need
+fences that Python does not have, so they are refused. Nothing has a name in /dev/shm: the buffer is a memfd (memfd_create(2)),
 which is gone with the last process that maps it, however that ends.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import platform
@@ -34,6 +36,9 @@ from common.sampling import part_of
 LINE = 128  # bytes between counters: two cache lines, because processors fetch them in pairs
 SLOT = 1 << 20  # bytes of a slot at the most: larger tensors go through in pieces, which stay in the caches
 DIRECT = 1 << 14  # bytes up to which every rank adds up everything, whatever the number of ranks: one barrier less
+# Of what memmove stores as a string, without first fetching what it overwrites. Where the neighbour's core, which has read that
+# before, shares no cache with this one, 4 MiB are reduced in 250 µs instead of 610; where it does, in 210 instead of 230.
+_BLOCK = 1 << 18
 _ALIGN = 4096
 # Of waiting without letting go of the core. A nap takes 130 µs whatever it was meant to, and finds the caches cold: a rank that
 # naps comes late, the others nap in turn, and so on for ever (a step of 134 µs took 190 to 270). So ranks spin for longer than it;
@@ -199,7 +204,7 @@ class SharedMemory:
         rows, result = self._rows(piece.numel(), piece.dtype)
         if mean:
             piece.mul_(1 / self.world_size)
-        rows[self.rank].copy_(piece)
+        _write(rows[self.rank], piece)
         self.barrier()
         if self.world_size == 2:
             piece.add_(rows[1 - self.rank])  # a + b is b + a, in bits too
@@ -217,7 +222,7 @@ class SharedMemory:
         for part in self._share(flat.numel(), flat.itemsize):
             piece = flat[part]
             rows, _ = self._rows(piece.numel(), piece.dtype)
-            rows[self.rank].copy_(piece)
+            _write(rows[self.rank], piece)
             self.barrier()
             table[:, part].copy_(rows)
 
@@ -238,7 +243,7 @@ class SharedMemory:
             piece = flat[part]
             rows, _ = self._rows(piece.numel(), piece.dtype)
             if self.rank == src:
-                rows[src].copy_(piece)
+                _write(rows[src], piece)
             self.barrier()
             if self.rank != src:
                 piece.copy_(rows[src])
@@ -247,6 +252,17 @@ class SharedMemory:
         """Lets go of the memory."""
         self._views.clear()
         del self._slots, self._counters
+
+
+def _write(row: Tensor, piece: Tensor) -> None:
+    """Copies ``piece`` into ``row``, both contiguous and of one size."""
+    size = piece.nbytes
+    if size <= DIRECT:
+        row.copy_(piece)
+        return
+    to, source = row.data_ptr(), piece.data_ptr()
+    for at in range(0, size, _BLOCK):
+        ctypes.memmove(to + at, source + at, min(_BLOCK, size - at))
 
 
 def average(memory: SharedMemory, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -44,6 +44,7 @@ from common.errors import RunError
 from common.files import write_json
 from common.process_group import Group, announce, carry_out, process_group
 from common.rank import Rank
+from common.shared_memory import map_together
 
 WARM_UPS = 5
 MOST, FEWEST = 200, 10  # timed calls of a size
@@ -116,28 +117,25 @@ def collective(kind: str, way: Way, size: int, group: Group) -> Call:
 
 
 def shared(group: Group, name: str, n_bytes: int, folder: Path) -> mmap.mmap:
-    """Memory of zeros that all ranks map. Nothing of it is left when they end.
+    """Memory that all ranks map, zeros but for the last 16 bytes. Nothing of it is left when they end.
 
-    A memfd (memfd_create(2)), opened by the others through rank 0's process; a file in ``folder`` where the system has none.
+    That of --sync shared_memory; a file in ``folder`` where the system has no memfd.
     """
-    meeting, fd, path = group.meeting, -1, str(folder / "shared")
+    if hasattr(os, "memfd_create"):
+        return map_together(group, name, n_bytes)
+    meeting, path = group.meeting, folder / "shared"
     assert meeting
-    first = group.rank.rank == 0
-    if first:
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("launchlab")
-            path = f"/proc/{os.getpid()}/fd/{fd}"
+    if group.rank.rank == 0:
         with open(path, "wb") as file:
             file.truncate(n_bytes)
-    meeting.tell(name, path)
-    with open(meeting.hear(name, "did not come to share memory")[0], "r+b") as file:
+    meeting.tell(name, None)
+    meeting.hear(name, "did not come to share memory")
+    with open(path, "r+b") as file:
         memory = mmap.mmap(file.fileno(), n_bytes)
     meeting.tell(f"{name} mapped", None)
     meeting.hear(f"{name} mapped", "did not map the shared memory")
-    if fd >= 0:
-        os.close(fd)
-    elif first:
-        os.unlink(path)
+    if group.rank.rank == 0:
+        path.unlink()
     return memory
 
 

@@ -67,6 +67,51 @@ def obstacle(rank: Rank, device: torch.device) -> str:
     return ""
 
 
+def map_together(group: Group, name: str, size: int) -> mmap.mmap:
+    """``size`` bytes, at least 16, that all ranks of ``group`` map: rank 0 makes them, the others open them through its process.
+
+    They are zeros, but for the last 16. ``name`` is for this memory only, and the same on all ranks.
+
+    Raises:
+        UsageError: a rank cannot open the memory: it is in another container or belongs to another user.
+        RunError: a rank did not come in time.
+    """
+    if group.meeting is None:
+        return mmap.mmap(-1, size)
+    rank = group.rank.rank
+    token = secrets.token_hex(8)
+    made = os.memfd_create("launchlab") if rank == 0 else -1
+    if made >= 0:
+        os.ftruncate(made, size)
+    group.meeting.tell(name, {"pid": os.getpid(), "fd": made, "token": token})
+    first = group.meeting.hear(name, "did not come to share memory")[0]
+    failure, memory = None, None
+    try:
+        # In another PID namespace this is nobody, or somebody else: the token tells.
+        fd = made if made >= 0 else os.open(f"/proc/{first['pid']}/fd/{first['fd']}", os.O_RDWR)
+        memory = mmap.mmap(fd, size)
+        if made >= 0:
+            memory[-len(token) :] = token.encode()
+        else:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        failure = f"rank {rank} cannot open rank 0's memory ({error})"
+    group.meeting.tell(f"{name} mapped", failure)
+    failures = group.meeting.hear(f"{name} mapped", "did not map the shared memory")
+    if memory is not None and memory[-len(token) :] != first["token"].encode():
+        failure = f"rank {rank} found other memory in the place of rank 0's"
+    group.meeting.tell(f"{name} checked", failure)
+    failures += group.meeting.hear(f"{name} checked", "did not check the shared memory")
+    if made >= 0:
+        os.close(made)
+    if reasons := [reason for reason in failures if reason]:
+        raise UsageError(
+            f"--sync shared_memory: {reasons[0]}; ranks must be in one container and belong to one user; give --sync ddp"
+        )
+    assert memory is not None
+    return memory
+
+
 class SharedMemory:
     """Collectives of the ranks of one machine, on CPU tensors. Every rank calls the same ones in the same order."""
 
@@ -85,7 +130,9 @@ class SharedMemory:
         self.slot = min(SLOT, -(-max(capacity, 1) // _ALIGN) * _ALIGN)
         header = -(-LINE * self.world_size // _ALIGN) * _ALIGN
         rows = 2 * (self.world_size + 1)  # a row more for results
-        memory = self._map(group, header + rows * self.slot)
+        if group.meeting:
+            self.patience = group.meeting.patience
+        memory = map_together(group, f"shared memory {next(_made)}", header + rows * self.slot)
         self._counters = memoryview(memory)[:header].cast("Q")
         self._own = self.rank * LINE // 8
         self._others = [r * LINE // 8 for r in range(self.world_size) if r != self.rank]
@@ -95,43 +142,6 @@ class SharedMemory:
         cores = set().union(*group.local_cores()) if group.arrivals else set()
         self._crowded = self.world_size > len(cores)
         self._spin = _CROWDED_SPIN_S if self._crowded else _SPIN_S
-
-    def _map(self, group: Group, size: int) -> mmap.mmap:
-        """The same memory in all ranks: rank 0 makes it, the others open it through its process."""
-        if group.meeting is None:
-            return mmap.mmap(-1, size)
-        self.patience = group.meeting.patience
-        name, token = f"shared memory {next(_made)}", secrets.token_hex(8)
-        made = os.memfd_create("launchlab") if self.rank == 0 else -1
-        if made >= 0:
-            os.ftruncate(made, size)
-        group.meeting.tell(name, {"pid": os.getpid(), "fd": made, "token": token})
-        first = group.meeting.hear(name, "did not come to share memory")[0]
-        failure, memory = None, None
-        try:
-            # In another PID namespace this is nobody, or somebody else: the token tells.
-            fd = made if made >= 0 else os.open(f"/proc/{first['pid']}/fd/{first['fd']}", os.O_RDWR)
-            memory = mmap.mmap(fd, size)
-            if made >= 0:
-                memory[-len(token) :] = token.encode()
-            else:
-                os.close(fd)
-        except (OSError, ValueError) as error:
-            failure = f"rank {self.rank} cannot open rank 0's memory ({error})"
-        group.meeting.tell(f"{name} mapped", failure)
-        failures = group.meeting.hear(f"{name} mapped", "did not map the shared memory")
-        if memory is not None and memory[-len(token) :] != first["token"].encode():
-            failure = f"rank {self.rank} found other memory in the place of rank 0's"
-        group.meeting.tell(f"{name} checked", failure)
-        failures += group.meeting.hear(f"{name} checked", "did not check the shared memory")
-        if made >= 0:
-            os.close(made)
-        if reasons := [reason for reason in failures if reason]:
-            raise UsageError(
-                f"--sync shared_memory: {reasons[0]}; ranks must be in one container and belong to one user; give --sync ddp"
-            )
-        assert memory is not None
-        return memory
 
     def barrier(self) -> None:
         """Returns once every rank has called it as often as this one.

@@ -22,7 +22,7 @@ from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, share_of_cores, usable_cores
 from common.errors import RunError, UsageError
 from common.events import clock_id
-from common.ports import port_taken
+from common.meeting import Meeting, Waiting, open_store
 from common.rank import Rank, on_this_machine
 from common.values import AS_SHIPPED
 
@@ -39,46 +39,6 @@ class Clock:
     """To be added to this rank's times to get rank 0's."""
     round_trip_seconds: float = 0.0
     """Of the question that told: twice the largest error. 0: the same clock."""
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """What ranks tell each other through the store: it works before there is a group, and under any backend."""
-
-    store: dist.Store
-    rank: Rank
-    patience: float
-    """Seconds to wait for a rank."""
-
-    def tell(self, what: str, value: Any) -> None:
-        """Writes this rank's ``value`` (fit for JSON) under ``what``; read by the others with ``hear``."""
-        self.store.set(f"{what}/{self.rank.rank}", json.dumps(value))
-        self.store.set(f"{what}/told/{self.store.add(f'{what}/told', 1)}", "")
-
-    def hear(self, what: str, absent: str, hint: str = "", until: float | None = None) -> list[Any]:
-        """What every rank has told under ``what``, in rank order, once all have.
-
-        Args:
-            what: the name that they told it under.
-            absent: what a missing rank failed to do, in words: "did not arrive".
-            hint: the end of that sentence.
-            until: on the clock of ``time.monotonic``; by default ``patience`` from now.
-
-        Raises:
-            RunError: ranks are missing when the time is up; they are named.
-        """
-        until = time.monotonic() + self.patience if until is None else until
-        keys = [f"{what}/{r}" for r in range(self.rank.world_size)]
-        last = f"{what}/told/{len(keys)}"  # asked for often, so one key only; the store's own wait() is deaf to Ctrl-C
-        while not (self.store.check([last]) and self.store.check(keys)):
-            if time.monotonic() > until:
-                missing = [str(r) for r, key in enumerate(keys) if not self.store.check([key])]
-                raise RunError(
-                    f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {len(keys)} {absent} "
-                    f"within {self.patience:g} s (--timeout){hint}"
-                )
-            time.sleep(0.0005 * (1 + len(keys)))  # as many questions a second, however many ask
-        return [json.loads(value) for value in self.store.multi_get(keys)]
 
 
 @dataclass(frozen=True)
@@ -150,43 +110,6 @@ def carry_out(collective: Callable[[], object], tensors: Sequence[torch.Tensor],
         time.sleep(0.0002)
 
 
-def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
-    """Returns once the store's address answers: our own probe, because the store's is long-winded when it fails."""
-    assert rank.master_addr
-    reason = "no answer"
-    while True:
-        try:
-            socket.create_connection((rank.master_addr, rank.master_port), timeout=max(0.1, until - time.monotonic())).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if time.monotonic() > until:
-            raise RunError(
-                f"rank {rank.rank} waited {timeout:g} s (--timeout) for rank 0 at {rank.master_addr}:{rank.master_port}: {reason}; "
-                "is rank 0 started, and is this its address and port?"
-            )
-        time.sleep(0.02)
-
-
-def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
-    serve = rank.rank == 0 and not rank.store_is_served
-    if not serve:
-        _wait_for_listener(rank, until, patience)
-    try:
-        store: dist.Store = dist.TCPStore(
-            rank.master_addr or "",
-            rank.master_port,
-            is_master=serve,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=patience),
-        )
-    except dist.DistNetworkError as error:
-        if serve and "EADDRINUSE" in str(error):
-            raise port_taken(rank.master_port, "address already in use") from None
-        raise
-    return dist.PrefixStore(f"launchlab/{rank.store_prefix}", store)
-
-
 @dataclass(frozen=True)
 class Arrival:
     """A rank that the others can see, and that has not joined them yet."""
@@ -230,8 +153,10 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
     if rank.forms_group:
         if on_this_machine(rank.master_addr):
             names.from_files_only()
-        meeting = Meeting(_open_store(rank, until, patience), rank, patience)
+        meeting = Meeting(open_store(rank, until, patience), rank, patience)
+        meeting.link.offer()
         meeting.tell("here", here)
+        meeting.link.seek()
     return Arrival(rank, config, here, meeting, until)
 
 
@@ -243,7 +168,14 @@ def _wait_for_all(meeting: Meeting, until: float) -> list[dict[str, Any]]:
         UsageError: ranks were given different flags (raised on all of them).
     """
     hint = ": started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
-    arrivals: list[dict[str, Any]] = meeting.hear("here", "did not arrive", hint, until)
+    waiting = Waiting(meeting.rank, meeting.patience)
+
+    def meanwhile(missing: Callable[[], str]) -> None:
+        meeting.link.seek()
+        waiting(missing)
+
+    arrivals: list[dict[str, Any]] = meeting.hear("here", "did not arrive", hint, until, meanwhile)
+    meeting.link.seek()
     for number, other in enumerate(arrivals):
         for name, value in other["told"].items():
             first = arrivals[0]["told"][name]

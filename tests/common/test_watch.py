@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common import watch
+from common import reporter
 from common.endings import lost_a_peer, watched
 from common.errors import RunError, UsageError
 from common.rank import Rank
@@ -23,7 +23,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the watcher needs pi
 CHILD = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from common.watch import Reporter
+from common.reporter import Reporter
 key, rank, parent, code = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 reporter = Reporter(key, {{"rank": rank, "host": "here", "parents": [parent] * bool(parent)}})
 print("here", flush=True)
@@ -57,7 +57,7 @@ def watcher_of(ranks):
         with contextlib.suppress(OSError):
             argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if watch.__file__.encode() in argv and int(fields[1]) in {rank.pid for rank in ranks}:
+            if reporter.PROGRAM.encode() in argv and int(fields[1]) in {rank.pid for rank in ranks}:
                 found.append((int(pid), int(fields[3])))
     return found
 
@@ -152,7 +152,7 @@ def test_ranks_that_ignore_sigterm_are_ended_within_5_seconds(begin):
 
 
 def failing(event, cause, first=0.0):
-    return f"time.sleep({first}); heard = reporter.tell_and_wait(event={event!r}, cause={cause!r}); sys.exit(1 if heard else 99)"
+    return f"time.sleep({first}); heard = reporter.ask(event={event!r}, cause={cause!r}); sys.exit(1 if heard else 99)"
 
 
 @linux
@@ -181,7 +181,7 @@ def test_a_lost_peer_alone_is_told(begin):
 
 @linux
 def test_of_two_failures_the_first_is_told_with_its_traceback(begin):
-    traced = "reporter.tell_and_wait(event='failed', cause='failed: one', traceback='Traceback: line 1\\n'); sys.exit(1)"
+    traced = "reporter.ask(event='failed', cause='failed: one', traceback='Traceback: line 1\\n'); sys.exit(1)"
     run = begin(traced, failing("failed", "failed: two", 0.15))
     run.go()
     first, second = run.statuses()
@@ -222,7 +222,7 @@ def test_a_failure_is_heard_at_the_latest_when_the_time_to_settle_is_over(begin)
     run = begin("began = time.monotonic(); " + failing("failed", "failed: x") + "", SLEEP)
     began = time.monotonic()
     run.go()
-    assert run.ranks[0].wait(5) == 1 and time.monotonic() - began < watch.REPLY_S
+    assert run.ranks[0].wait(5) == 1 and time.monotonic() - began < reporter.REPLY_S
     run.statuses()
 
 
@@ -294,7 +294,7 @@ def test_the_watcher_is_one_process_in_a_session_of_its_own(begin):
 
 def late_watcher(run, listener):
     """Starts the watcher of a run by hand, as its first rank does."""
-    argv = [sys.executable, "-I", "-S", watch.__file__, str(listener.fileno())]
+    argv = [sys.executable, "-I", "-S", reporter.PROGRAM, str(listener.fileno())]
     with run.log.open("ab") as log:
         return start(argv, pass_fds=[listener.fileno()], stderr=log)
 
@@ -328,11 +328,11 @@ def test_a_rank_whose_watcher_is_gone_goes_on_and_knows():
     """Nobody listens: telling does no harm, and a failed rank learns that it must speak for itself."""
     mine, other = socket.socketpair()
     other.close()
-    reporter = watch.Reporter.__new__(watch.Reporter)
-    reporter._socket = mine
-    reporter.tell(event="done")
-    assert reporter.tell_and_wait(event="failed", cause="x") is False
-    reporter.close()
+    rank = reporter.Reporter.__new__(reporter.Reporter)
+    rank._socket = mine
+    rank.tell(event="done")
+    assert rank.ask(event="failed", cause="x") is None
+    rank.close()
 
 
 # ------------------------------------------------------------------------------------------- without a watcher

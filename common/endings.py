@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,6 +20,8 @@ from common.reporter import Reporter, supported
 # What gloo and the store say when the other side is gone (torch 2.9 to 2.13); such a rank is not the cause.
 _PEER_IS_GONE = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "timed out waiting",
                  "connectfullmesh", "connection was likely closed", "socket timeout", "remote process exited")  # fmt: skip
+
+_C_SOURCE = r"\[/\S+:\d+\] "  # where in gloo's source it was noticed
 
 # The second is what is left of a Ctrl-C that comes between ``watched`` and the first line within it.
 _CTRL_C = (KeyboardInterrupt, GeneratorExit)
@@ -42,7 +45,7 @@ def _cause(error: BaseException) -> tuple[str, str]:
     if isinstance(error, RunError):
         return "failed", f"failed: {error}"
     if lost_a_peer(error):
-        return "lost a peer", f"lost another rank: {one_line(error)}"
+        return "lost a peer", f"lost another rank: {re.sub(_C_SOURCE, '', one_line(error))}"
     return "failed", f"failed: {one_line(error)}"
 
 

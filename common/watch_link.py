@@ -185,8 +185,7 @@ class Links:
                 self._drop(peer)
                 return
             peer.known, self._candidates = True, []
-            if self.middle:
-                peer.send(event="hello", **self._introduce())
+            peer.send(event="hello" if self.middle else "here", **self._introduce())  # a rank may have come meanwhile
         if event in ("hello", "here"):
             peer.about = {name: message.get(name) for name in ("node", "host")} | {"ranks": sorted(message.get("ranks", []))}
         if event in ("done", "bye"):

@@ -119,6 +119,8 @@ class _Watcher:
             member.answer(**self.links.listen())
         elif event == "connect":
             self.links.connect(message["addresses"], message["port"], message["token"])
+        elif event == "who is linked":
+            member.answer(nodes=[peer.name for peer in self.links.others()])
         elif event == "done":
             member.finished = True
             if all(m.finished for m in self.members) and len(self.members) >= member.about.get("ranks_here", 1):

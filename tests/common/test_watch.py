@@ -1,6 +1,5 @@
 """watch.py and endings.py with real processes: who failed, what is said, and that nothing is left."""
 
-import contextlib
 import os
 import re
 import signal
@@ -17,91 +16,12 @@ from common.endings import lost_a_peer, watched
 from common.errors import RunError, UsageError
 from common.rank import Rank
 from tests.common.helpers import ROOT, end_group, start, until
+from tests.common.watching import ASKED_TO_LEAVE, DEAF, DONE, KILLED, SLEEP, Run, failing, key_address, watcher_of, watchers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the watcher needs pidfds")
 
-CHILD = f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from common.reporter import Reporter
-key, rank, parent, code = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-reporter = Reporter(key, {{"rank": rank, "host": "here", "parents": [parent] * bool(parent)}})
-print("here", flush=True)
-sys.stdin.readline()  # "go"
-exec(code)
-"""
-SLEEP = "time.sleep(60)"
-DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-DONE = "reporter.tell(event='done'); reporter.close()"
-KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
-ASKED_TO_LEAVE = "os.kill(os.getpid(), signal.SIGTERM)"
 # Before Linux 6.16 nothing tells how a process ended that was reaped before the watcher was up.
 TOLD_AFTERWARDS = sys.platform == "linux" and tuple(int(n) for n in os.uname().release.split(".")[:2]) >= (6, 16)
-
-
-def watchers(key):
-    """Whether this key's watcher still holds its name."""
-    return key_address(key).encode() in Path("/proc/net/unix").read_bytes()
-
-
-def key_address(key):
-    import hashlib
-
-    return f"@launchlab-{os.getuid()}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-
-
-def watcher_of(ranks):
-    """(pid, session) of the processes that run watch.py and were started by one of these ranks."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if reporter.PROGRAM.encode() in argv and int(fields[1]) in {rank.pid for rank in ranks}:
-                found.append((int(pid), int(fields[3])))
-    return found
-
-
-def holds(pid, ranks):
-    """Whether a watcher holds a pidfd of each of these ranks."""
-    with contextlib.suppress(OSError):
-        held = " ".join(path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir())
-        return {str(rank.pid) for rank in ranks} <= set(re.findall(r"\bPid:\t(\d+)", held))
-    return False
-
-
-class Run:
-    """The ranks of one run on this node, each a small process."""
-
-    def __init__(self, folder, *codes, parent=0, key=None, watched=True):
-        self.key = key or uuid.uuid4().hex
-        self.log = folder / f"{uuid.uuid4().hex}.err"
-        self.ranks = []
-        with self.log.open("wb") as log:
-            for rank, code in enumerate(codes):
-                argv = [sys.executable, "-I", "-S", "-c", CHILD, self.key, str(rank), str(parent), code]
-                self.ranks.append(start(argv, stdin=-1, stderr=log))
-        for rank in self.ranks:
-            assert rank.stdout.readline() == "here\n"
-        if watched and not parent:  # with one that may be gone already, the watcher may have done its work by now
-            assert until(lambda: watcher_of(self.ranks))
-            ((self.watcher, self.session),) = watcher_of(self.ranks)
-            assert until(lambda: holds(self.watcher, self.ranks))
-
-    def go(self, *which):
-        for index in which or range(len(self.ranks)):
-            with contextlib.suppress(BrokenPipeError):  # ended already
-                self.ranks[index].stdin.write("go\n")
-                self.ranks[index].stdin.flush()
-
-    def statuses(self, limit=10):
-        """How all ended; the watcher must have left soon after."""
-        ended = [rank.wait(limit) for rank in self.ranks]
-        assert until(lambda: not watchers(self.key)), "the watcher stayed"
-        return ended
-
-    def said(self):
-        return self.log.read_text()
 
 
 @pytest.fixture
@@ -149,10 +69,6 @@ def test_ranks_that_ignore_sigterm_are_ended_within_5_seconds(begin):
     assert run.statuses() == [-signal.SIGKILL] * 3
     assert time.monotonic() - began < 5
     assert run.said().count("\n") == 1 and run.said().startswith("Rank 0 on here")
-
-
-def failing(event, cause, first=0.0):
-    return f"time.sleep({first}); heard = reporter.ask(event={event!r}, cause={cause!r}); sys.exit(1 if heard else 99)"
 
 
 @linux

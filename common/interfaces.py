@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,23 @@ def route_to(host: str, port: int = 9) -> Interface | None:
         if here:
             return here[0]
     return None
+
+
+def way_out(master: str, others: Sequence[str]) -> tuple[Interface | None, str]:
+    """The interface by which this node's ranks and those of other nodes reach each other, and why it is that one.
+
+    Args:
+        master: the host where rank 0 is, as this node calls it. Where that is this node itself, the name may lead to the loopback
+            interface (Debian gives a host's own name 127.0.1.1), by which nobody else comes in.
+        others: addresses of ranks on other nodes.
+    """
+    route = route_to(master)
+    if route and not route.is_loopback:
+        return route, f"the route to {master}"
+    for other in others:
+        if not is_loopback(other) and (back := route_to(other)):
+            return back, f"the route to {other} of another node; {master} is the loopback interface here"
+    return route, f"the route to {master}; all nodes are this machine"
 
 
 def is_loopback(address: str) -> bool:

@@ -143,6 +143,26 @@ def is_loopback(address: str) -> bool:
     return address.startswith(("127.", "::ffff:127.")) or address == "::1"
 
 
+def way_in(host: str) -> str | None:
+    """This machine's own address, by which those come in who meet at ``host``.
+
+    Returns:
+        None where ``host`` is this machine by its loopback interface and there are several others: which one is meant is open.
+    """
+    route = route_to(host)
+    if route and not route.is_loopback:
+        return route.address
+    outside = [i.address for i in interfaces() if not i.is_loopback and not i.one_link_only]
+    names = {i.name for i in interfaces() if i.address in outside}
+    return outside[0] if len(names) == 1 else None
+
+
+def leads_back(host: str) -> bool:
+    """Whether a name resolves here, and to loopback addresses only."""
+    found = [str(to[0]) for _, to in addresses_of(host)]
+    return bool(found) and all(map(is_loopback, found))
+
+
 def is_own(host: str) -> bool:
     """Whether ``host`` leads to this machine: it resolves to a loopback address or to one of an interface here."""
     mine = {i.address.partition("%")[0] for i in interfaces()}

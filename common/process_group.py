@@ -308,7 +308,7 @@ def _compare_clocks(rank: int, arrivals: list[dict[str, Any]], store: dist.Store
 
 
 def _choose_interface(rank: Rank, backend: str, arrivals: Sequence[Mapping[str, Any]]) -> str:
-    """Sets the interface of the group's connections unless the user has: gloo else takes the host name's address, NCCL the first one.
+    """Sets the group's interface unless the user has: gloo else takes the one of the host name's address, NCCL any.
 
     Ranks of one node talk over the loopback interface; over several the kernel's route decides.
 

@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from common import names, now
+from common.claims import check_claims, claim
 from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, share_of_cores, usable_cores
 from common.errors import RunError, UsageError
 from common.events import clock_id
-from common.interfaces import route_to, way_out
+from common.interfaces import leads_back, route_to, way_out
 from common.ports import port_taken
 from common.rank import Rank, on_this_machine
 from common.values import AS_SHIPPED
@@ -163,6 +164,11 @@ def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
             return
         except OSError as error:
             reason = error.strerror or str(error)
+            if rank.store_is_served and rank.node_rank and leads_back(rank.master_addr):
+                raise RunError(
+                    f"MASTER_ADDR {rank.master_addr} is node {rank.node_rank} itself ({reason}), and rank 0 is on another: that is "
+                    "what node 0 calls itself; start its torchrun with --local-addr and the address by which the others reach it"
+                ) from None
         if time.monotonic() > until:
             raise RunError(
                 f"rank {rank.rank} waited {timeout:g} s (--timeout) for rank 0 at {rank.master_addr}:{rank.master_port}: {reason}; "
@@ -241,6 +247,7 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
         if on_this_machine(rank.master_addr):
             names.from_files_only()
         meeting = Meeting(_open_store(rank, until, patience), rank, patience)
+        claim(meeting.store, rank, here)
         meeting.tell("here", here)
     return Arrival(rank, config, here, meeting, until)
 
@@ -254,6 +261,7 @@ def _wait_for_all(meeting: Meeting, until: float) -> list[dict[str, Any]]:
     """
     hint = ": started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
     arrivals: list[dict[str, Any]] = meeting.hear("here", "did not arrive", hint, until)
+    check_claims(arrivals)
     for number, other in enumerate(arrivals):
         for name, value in other["told"].items():
             first = arrivals[0]["told"][name]

@@ -17,20 +17,21 @@ import datetime
 import torch
 import torch.distributed as dist
 
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=3))
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
 ones = torch.ones(1)
 dist.all_reduce(ones)
 print("the sum is", int(ones))
 """
+LAUNCHERS = str(ROOT / "launchers")
 NNODES = ("--nnodes", 2, "--node_rank", "{rank}", "--nproc_per_node", 2, "--master_addr", "{master}", "--master_port", 29500)
 WAYS = {
-    "plain": ["python", ROOT / "launchers/plain.py", *NNODES],
-    "spawn": ["python", ROOT / "launchers/spawn.py", *NNODES],
-    "elastic": ["python", ROOT / "launchers/elastic.py", "--nnodes", 2, "--nproc_per_node", 2, "--master_addr", "{master}"],
+    "plain": ["python", f"{LAUNCHERS}/plain.py", *NNODES],
+    "spawn": ["python", f"{LAUNCHERS}/spawn.py", *NNODES],
+    "elastic": ["python", f"{LAUNCHERS}/elastic.py", "--nnodes", 2, "--nproc_per_node", 2, "--master_addr", "{master}"],
     "torchrun": ["torchrun", "--nnodes=2", "--node_rank={rank}", "--nproc_per_node=2", "--master_addr={master}",
-                 ROOT / "launchers/torchrun.py"],
+                 f"{LAUNCHERS}/torchrun.py"],
     "torchrun (c10d)": ["torchrun", "--nnodes=2", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint={master}:29400",
-                        ROOT / "launchers/torchrun.py"],
+                        f"{LAUNCHERS}/torchrun.py"],
 }  # fmt: skip
 
 
@@ -78,8 +79,8 @@ def check_training(tmp_path, ended, chosen):
     for each, line in zip(ended, chosen, strict=True):
         assert re.findall(r"^node\d: gloo over .*$", each.out, re.M) == [line], str(each)
     many = json.loads((tmp_path / "result.json").read_text())
-    alone = trained(["python", ROOT / "launchers/plain.py", *map(str, JOB)], tmp_path / "alone.json")
-    assert many["hosts"] == ["node1"] * (many["world_size"] // 2) + ["node2"] * (many["world_size"] // 2)
+    alone = trained(["python", f"{LAUNCHERS}/plain.py", *map(str, JOB)], tmp_path / "alone.json")
+    assert sorted(many["hosts"]) == ["node1", "node1", "node2", "node2"]
     for curve in ("loss_per_step", "train_loss_per_epoch"):
         assert difference(many[curve], alone[curve]) < 1e-9, curve
 
@@ -95,23 +96,21 @@ def test_a_bare_script_hangs_where_own_names_are_loopback_addresses(cluster, nam
     assert re.search(r"127\.0\.1\.1|[Tt]imed? ?out", ended[0].err + ended[1].err), str(ended[0])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
 def test_own_names_that_are_loopback_addresses(cluster, named, tmp_path, way):
     named(as_debian_does(cluster))
     ended = on_all(cluster, [*WAYS[way], *JOB, "--result", "result.json"], tmp_path)
-    first = "node1: gloo over eth0 (10.97.0.1): the route to "
+    first, second = (f"node{k}: gloo over eth0 (10.97.0.{k}): the route to " for k in (1, 2))
     if way == "elastic":  # whose agent tells the others its address, not its name
-        first += "10.97.0.1"
-        second = "node2: gloo over eth0 (10.97.0.2): the route to 10.97.0.1"
+        first, second = first + "10.97.0.1", second + "10.97.0.1"
     else:
         first += "10.97.0.2 of another node; node1 is the loopback interface here"
-        second = "node2: gloo over eth0 (10.97.0.2): the route to node1"
-    assert [each.status for each in ended] == [0, 0], f"{ended[0]}\n{ended[1]}"
-    if "node2" in json.loads((tmp_path / "result.json").read_text())["hosts"][0]:  # agents number themselves as they come
-        assert way in ("elastic", "torchrun (c10d)")
-        assert all("gloo over eth0" in each.out for each in ended), f"{ended[0]}\n{ended[1]}"
-    else:
-        check_training(tmp_path, ended, (first, second))
+        second += "node1"
+    if "node2" in re.findall(r"\[Rank 0\] Process initialized on (\S+),", ended[0].out + ended[1].out):
+        assert way in ("elastic", "torchrun (c10d)")  # agents number themselves as they come
+        swap = str.maketrans({"1": "2", "2": "1"})
+        first, second = (re.sub(r"node\d|(?<=0\.)\d", lambda m: m[0].translate(swap), line) for line in (second, first))
+    check_training(tmp_path, ended, (first, second))
 
 
 def test_names_of_ipv6_addresses_only(cluster, named, tmp_path):
@@ -128,9 +127,8 @@ def test_names_of_ipv6_addresses_only(cluster, named, tmp_path):
 
 def test_two_networks_of_which_one_reaches_the_master(cluster, named, tmp_path):
     """The hosts' own names are addresses of the other network, where each host is alone."""
-    (tmp_path / "bare.py").write_text(BARE)
     for name in cluster.names:
-        for words in ("link add lab0 type dummy", "address add 10.99.0.1/24 dev lab0", "link set lab0 up"):
+        for words in ("link add lab0 type bridge", "address add 10.99.0.1/24 dev lab0", "link set lab0 up"):
             assert cluster.run(["ip", *words.split()], on=name)[name].returncode == 0
     try:
         named(lambda host: cluster.addresses | {host: "10.99.0.1"} | {"master": cluster.addresses["node1"]})
@@ -147,16 +145,13 @@ def test_what_the_user_says_stands(cluster, tmp_path):
     check_training(tmp_path, ended, [f"node{k}: gloo over eth0, as GLOO_SOCKET_IFNAME says" for k in (1, 2)])
 
 
-@pytest.mark.parametrize("launcher", ("plain", "spawn"))
-def test_the_same_node_twice(cluster, tmp_path, launcher):
+def test_the_same_node_twice(cluster, tmp_path):
     """--node_rank 0 on both: all hear of it at once, and nobody waits for node 1 until the time is up."""
-    words = [word if word != "{rank}" else "1" for word in WAYS[launcher]]
-    first = Run(cluster.command("node1", [str(w) for w in cluster.filled_in("node1", WAYS[launcher])] + list(map(str, JOB))))
-    second = Run(cluster.command("node2", [str(w) for w in cluster.filled_in("node2", words)] + list(map(str, JOB))))
-    assert (first.finish().status, second.finish().status) == (0, 0)
-    twice = on_all(cluster, [word if word != "{rank}" else "0" for word in WAYS[launcher]] + list(JOB[:-1]) + [600], tmp_path)
+    twice = on_all(cluster, [word if word != "{rank}" else "0" for word in WAYS["plain"]] + list(JOB[:-1]) + [600], tmp_path)
     for each in twice:
         assert each.status == 2, str(each)
+        assert each.seconds < 60, str(each)
+        print(each)
     said = [re.findall(r"^error: (.*)$", each.err, re.M) for each in twice]
     assert any(
         re.match(r"rank \d is there twice, on node\d \(pid \d+\) and on node\d \(pid \d+\)", line) for of in said for line in of
@@ -190,6 +185,5 @@ def test_a_master_that_is_another_machine_with_one_node(tmp_path):
         words = ["python", str(ROOT / "launchers" / f"{launcher}.py"), "--world_size", "2"]
         ended = run(words, cwd=tmp_path, MASTER_ADDR="192.0.2.201")
         assert (ended.status, ended.out) == (2, ""), str(ended)
-        assert ended.err == (
-            "error: --master_addr 192.0.2.201 (or MASTER_ADDR) with one node: it is not this machine; leave it out, or give --nnodes\n"
-        )
+        said = "error: --master_addr 192.0.2.201 (or MASTER_ADDR) with one node: it is not this machine; leave it out, or give "
+        assert ended.err == said + "--nnodes\n"

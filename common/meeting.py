@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from common.endings import watcher
 from common.errors import RunError, complain
+from common.interfaces import leads_back, own_address
 from common.ports import port_taken
 from common.rank import Rank
 
@@ -123,7 +124,7 @@ class WatcherLink:
         if self.wanted and self.reporter and self.rank.rank == 0:
             self.wanted = False
             if offer := self.reporter.ask(event="listen"):
-                self.store.set(self.KEY, json.dumps(offer | {"address": _own_address(self.rank.master_addr or "")}))
+                self.store.set(self.KEY, json.dumps(offer | {"address": own_address(self.rank.master_addr or "")}))
 
     def seek(self) -> None:
         """Has this node's watcher connect to rank 0's as soon as that listens; to be called again and again."""
@@ -134,15 +135,6 @@ class WatcherLink:
             addresses = {offer["address"]: None} | dict.fromkeys(_numbers(self.rank.master_addr or ""))
             there = sorted(filter(None, addresses), key=lambda address: address.startswith("127."))
             self.reporter.tell(event="connect", addresses=there, port=offer["port"], token=offer["token"])
-
-
-def _own_address(host: str) -> str | None:
-    """This machine's address on the way to ``host``; nothing is sent."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))
-            return str(probe.getsockname()[0])
-    return None
 
 
 def _numbers(host: str) -> list[str]:
@@ -164,6 +156,11 @@ def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
             return
         except OSError as error:
             reason, refused = error.strerror or str(error), error.errno == errno.ECONNREFUSED
+            if rank.store_is_served and rank.node_rank and leads_back(rank.master_addr):
+                raise RunError(
+                    f"MASTER_ADDR {rank.master_addr} is node {rank.node_rank} itself ({reason}), and rank 0 is on another: that is "
+                    "what node 0 calls itself; start its torchrun with --local-addr and the address by which the others reach it"
+                ) from None
         if time.monotonic() > until:
             raise RunError(
                 f"rank {rank.rank} waited {timeout:g} s (--timeout) for rank 0 at {where}: {reason}; "

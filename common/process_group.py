@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from common import names, now
+from common.claims import check_claims, claim
 from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, share_of_cores, usable_cores
 from common.errors import RunError, UsageError
 from common.events import clock_id
+from common.interfaces import own_address, way_out
 from common.meeting import Meeting, Waiting, open_store
 from common.rank import Rank, on_this_machine
 from common.values import AS_SHIPPED
@@ -49,10 +51,12 @@ class Group:
     device: torch.device
     backend: str | None = None
     arrivals: list[dict[str, Any]] = field(default_factory=list)
-    """What each rank wrote into the store before it joined: host, pid, node_rank, cores, clock, command_started."""
+    """What each rank wrote into the store before it joined: host, address, pid, node_rank, cores, clock, …"""
     clock: Clock = field(default_factory=Clock)
     meeting: Meeting | None = None
     """Where the ranks met; None for a process on its own."""
+    network: str = ""
+    """Over which interface this node's ranks talk to other nodes', and why; "" where there are none."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum of ``values`` (float64 on CPU, any shape) over all ranks, on every rank."""
@@ -139,6 +143,7 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
     told = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PER_NODE}
     here = {
         "host": socket.gethostname(),
+        "address": None if rank.one_node else own_address(rank.master_addr or ""),
         "pid": os.getpid(),
         "node_rank": rank.node_rank,
         "local_rank": rank.local_rank,
@@ -154,6 +159,7 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
         if on_this_machine(rank.master_addr):
             names.from_files_only()
         meeting = Meeting(open_store(rank, until, patience), rank, patience)
+        claim(meeting.store, rank, here)
         meeting.link.offer()
         meeting.tell("here", here)
         meeting.link.seek()
@@ -176,6 +182,7 @@ def _wait_for_all(meeting: Meeting, until: float) -> list[dict[str, Any]]:
 
     arrivals: list[dict[str, Any]] = meeting.hear("here", "did not arrive", hint, until, meanwhile)
     meeting.link.seek()
+    check_claims(arrivals)
     for number, other in enumerate(arrivals):
         for name, value in other["told"].items():
             first = arrivals[0]["told"][name]
@@ -229,23 +236,40 @@ def _compare_clocks(rank: int, arrivals: list[dict[str, Any]], store: dist.Store
     return Clock()
 
 
-def _choose_interface(rank: Rank) -> None:
-    """Ranks of one node talk over the loopback interface: gloo else takes the host name's address, which may lead nowhere.
+def _choose_interface(rank: Rank, backend: str, arrivals: Sequence[Mapping[str, Any]]) -> str:
+    """Sets the group's interface unless the user has: gloo else takes the one of the host name's address, NCCL any.
+
+    Ranks of one node talk over the loopback interface; over several the kernel's route decides.
+
+    Returns:
+        What was chosen and why, where there are several nodes; "" for one.
 
     Raises:
         UsageError: GLOO_SOCKET_IFNAME names an interface that this machine does not have.
     """
+    variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
     if not hasattr(socket, "if_nameindex"):
-        return
-    names = [name for _, name in socket.if_nameindex()]
-    for given in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
-        if given not in names:
-            raise UsageError(
-                f"GLOO_SOCKET_IFNAME={given}: no such interface; this machine has {', '.join(names)}: name one or unset it"
-            )
-    if rank.one_node and "GLOO_SOCKET_IFNAME" not in os.environ:
-        if loopback := next((name for name in ("lo", "lo0") if name in names), None):
-            os.environ["GLOO_SOCKET_IFNAME"] = loopback
+        return ""
+    there = [name for _, name in socket.if_nameindex()]
+    given = os.environ.get(variable, "")
+    for name in filter(None, given.split(",") if backend == "gloo" else ()):
+        if name not in there:
+            raise UsageError(f"{variable}={name}: no such interface; this machine has {', '.join(there)}: name one or unset it")
+    if rank.one_node:
+        loopback = next((name for name in ("lo", "lo0") if name in there), None)
+        if loopback and backend == "gloo" and variable not in os.environ:
+            os.environ[variable] = loopback
+        return ""
+    if variable in os.environ:
+        return f"{backend} over {given}, as {variable} says"
+    others = [a["address"] for a in arrivals if a["node_rank"] != rank.node_rank and a["address"]]
+    interface, why = way_out(rank.master_addr or "", others)
+    if not interface:
+        return f"{backend} over an interface of its own choice: no route to {rank.master_addr} was found"
+    os.environ[variable] = f"={interface.name}" if backend == "nccl" else interface.name  # NCCL takes beginnings of names too
+    if backend == "nccl" and interface.family == socket.AF_INET6:
+        os.environ.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6")
+    return f"{backend} over {interface.name} ({interface.address}): {why}"
 
 
 @contextmanager
@@ -270,9 +294,8 @@ def process_group(arrival: Arrival, device: torch.device, arrived: Callable[[Gro
     backend = choose_backend(arrival.config, device)
     with refused_together(arrival):
         arrivals = _wait_for_all(meeting, arrival.until)
-        if backend == "gloo":
-            _choose_interface(rank)
-    group = Group(rank, device, backend, arrivals, _compare_clocks(rank.rank, arrivals, meeting.store), meeting)
+        network = _choose_interface(rank, backend, arrivals)
+    group = Group(rank, device, backend, arrivals, _compare_clocks(rank.rank, arrivals, meeting.store), meeting, network)
     arrived(group)
     dist.init_process_group(
         backend,

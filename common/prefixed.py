@@ -22,6 +22,7 @@ COLOURS = (36, 33, 35, 32, 34, 31)  # of ECMA-48 (SGR), a host each, then again
 LONGEST_LINE = 1 << 20  # bytes; a longer one is cut, so that a command which never ends its line cannot fill the memory
 DRAIN_S = 0.5  # what a command leaves running may hold its output open; that long is waited for a rest
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
+BEAT_S = 1.0
 
 
 class _Lines:
@@ -79,6 +80,7 @@ class _Commands:
         self.lines: dict[str, list[_Lines]] = {}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.ended_at: dict[str, float] = {}
+        self.beaten_at = 0.0
         width = max((len(name) for name in commands), default=0)
         prefixes = [_prefixes(name, width, position) for position, name in enumerate(commands)]
         for (name, words), (for_out, for_err) in zip(commands.items(), prefixes, strict=True):
@@ -96,6 +98,8 @@ class _Commands:
                 self.statuses[name] = 127 if isinstance(error, FileNotFoundError) else 126  # as a shell says it
                 continue
             assert process.stdout and process.stderr
+            if process.stdin:
+                os.set_blocking(process.stdin.fileno(), False)
             self.running[name] = process
             self.lines[name] = [_Lines(process.stdout, 1, for_out), _Lines(process.stderr, 2, for_err)]
             for stream in self.lines[name]:
@@ -103,6 +107,8 @@ class _Commands:
 
     def pass_on(self, seconds: float) -> None:
         """Passes on output as it comes, for at most ``seconds``, and notes who has ended."""
+        if self.lifeline and time.monotonic() > self.beaten_at + BEAT_S:
+            self._beat()
         if self.selector.get_map():
             for key, _ in self.selector.select(seconds):
                 name, stream = key.data
@@ -122,6 +128,14 @@ class _Commands:
                         process.stdin.close()
                 del self.running[name]
                 self.statuses[name] = process.returncode
+
+    def _beat(self) -> None:
+        """A word down each lifeline: whoever hears none knows that the connection is dead, which TCP alone tells after minutes."""
+        self.beaten_at = time.monotonic()
+        for process in self.running.values():
+            if process.stdin and not process.stdin.closed:
+                with contextlib.suppress(OSError):
+                    os.write(process.stdin.fileno(), b"\n")
 
     def _forget(self, name: str, stream: _Lines) -> None:
         self.selector.unregister(stream.source)
@@ -179,9 +193,9 @@ def run_prefixed(
 
     Args:
         commands: name (of the host) → the words of its command.
-        lifeline: their standard input stays open as long as they are to run, and its end is the request to leave, which also comes
-            when this process is killed (``common/remote_guard.py`` heeds it, through ssh too). Otherwise it is empty, and they are
-            asked with signals.
+        lifeline: their standard input stays open as long as they are to run, with an empty line each second, and its end is the
+            request to leave, which also comes when this process is killed (``common/remote_guard.py`` heeds both, through ssh too).
+            Otherwise it is empty, and they are asked with signals.
         patience: seconds that the others get to end by themselves after one has failed, before they are asked to; None: for ever.
         leave: seconds from being asked to leave until SIGKILL.
         ended: called with (name, status) when a command has ended.

@@ -22,7 +22,7 @@ COLOURS = (36, 33, 35, 32, 34, 31)  # of ECMA-48 (SGR), a host each, then again
 LONGEST_LINE = 1 << 20  # bytes; a longer one is cut, so that a command which never ends its line cannot fill the memory
 DRAIN_S = 0.5  # what a command leaves running may hold its output open; that long is waited for a rest
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
-BEAT_S = 1.0
+BEAT_S = 1.0  # between two words down a lifeline
 
 
 class _Lines:
@@ -30,27 +30,31 @@ class _Lines:
 
     def __init__(self, source: IO[bytes], number: int, prefix: bytes) -> None:
         self.source, self.number, self.prefix, self.rest = source, number, prefix, b""
+        self.muted = False
         os.set_blocking(source.fileno(), False)
 
     def read(self) -> bool:
-        """Passes on the whole lines that have come; False at the end of the stream."""
-        try:
-            data = os.read(self.source.fileno(), 1 << 16)
-        except BlockingIOError:
-            return True
+        """Passes on the whole lines that have come; False at the end of the stream, BlockingIOError where nothing has come."""
+        data = os.read(self.source.fileno(), 1 << 16)
         *lines, self.rest = (self.rest + data).split(b"\n")
         if self.rest and (not data or len(self.rest) > LONGEST_LINE):
             lines, self.rest = [*lines, self.rest], b""
+        self._show(lines)
+        return bool(data)
+
+    def _show(self, lines: list[bytes]) -> None:
         # A progress bar redraws its line after a \r: its last state is what a terminal would show.
         shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
-        _write(self.number, b"".join(self.prefix + line + b"\n" for line in shown))
-        return bool(data)
+        if not self.muted:
+            _write(self.number, b"".join(self.prefix + line + b"\n" for line in shown))
 
     def close(self) -> None:
         """Passes on what is there without waiting for more."""
         with contextlib.suppress(BlockingIOError, ValueError):
             while self.read():
                 pass
+        if self.rest:
+            self._show([self.rest])
         self.source.close()
 
 
@@ -73,8 +77,8 @@ def _write(number: int, data: bytes) -> None:
 class _Commands:
     """The running commands."""
 
-    def __init__(self, commands: Mapping[str, Sequence[str]], lifeline: bool, **options: Any) -> None:
-        self.lifeline = lifeline
+    def __init__(self, commands: Mapping[str, Sequence[str]], lifeline: bool, hush: bool, **options: Any) -> None:
+        self.lifeline, self.hush = lifeline, hush
         self.statuses: dict[str, int] = {}
         self.selector = selectors.DefaultSelector()
         self.lines: dict[str, list[_Lines]] = {}
@@ -144,6 +148,9 @@ class _Commands:
 
     def ask(self, number: int) -> None:
         """Asks all to end: through the end of their standard input, or with a signal to their process groups."""
+        for streams in self.lines.values() if self.hush else ():
+            for stream in streams:
+                stream.muted |= stream.number == 2
         for process in self.running.values():
             if process.stdin and number != signal.SIGKILL:
                 with contextlib.suppress(OSError):
@@ -179,6 +186,7 @@ def run_prefixed(
     commands: Mapping[str, Sequence[str]],
     *,
     lifeline: bool = False,
+    hush: bool = False,
     patience: float | None = 5.0,
     leave: float = 10.0,
     ended: Callable[[str, int], None] = lambda name, status: None,
@@ -193,9 +201,10 @@ def run_prefixed(
 
     Args:
         commands: name (of the host) → the words of its command.
-        lifeline: their standard input stays open as long as they are to run, with an empty line each second, and its end is the
-            request to leave, which also comes when this process is killed (``common/remote_guard.py`` heeds both, through ssh too).
-            Otherwise it is empty, and they are asked with signals.
+        lifeline: their standard input stays open as long as they are to run, and its end is the request to leave, which also comes
+            when this process is killed (``common/remote_guard.py`` heeds it, through ssh too). Otherwise it is empty, and they are
+            asked with signals.
+        hush: once they have been asked to leave, what they write to stderr is not shown: it is how they take it.
         patience: seconds that the others get to end by themselves after one has failed, before they are asked to; None: for ever.
         leave: seconds from being asked to leave until SIGKILL.
         ended: called with (name, status) when a command has ended.
@@ -217,11 +226,13 @@ def run_prefixed(
 
     heard = STOPS if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, note) for name in heard if (number := getattr(signal, name, None)) is not None}
+    if heard and lifeline and hasattr(signal, "SIGTSTP"):  # Ctrl-Z would stop the words down the lifelines
+        before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     group, unread = None, False
     try:
-        group = _Commands(commands, lifeline, env=env, cwd=cwd)
+        group = _Commands(commands, lifeline, hush, env=env, cwd=cwd)
         told = reported = 0
         asked_at = failed_at = float("inf")
         while True:

@@ -3,7 +3,8 @@
 ssh ends a remote command only by taking its pipes away, and torchrun's workers, each in a session of its own, notice that late or
 never. This program stands between: sshd's end of the connection is its standard input. When that ends (or has been silent for
 ``--silence`` seconds, where the caller promises a word each second), or a signal comes, or the command ends, it sees to it that
-every descendant ends: the command is asked first, all are after 3 s, and get SIGKILL after 8 s. Then it returns the command's status.
+every descendant ends: the command is asked first, all are after 3 s, and get SIGKILL after 8 s. Then it returns the command's
+status.
 
 On Linux it is a "child subreaper" (prctl(2)): a descendant whose parent dies becomes its child, whatever session that is in, so
 that none is lost. Elsewhere it looks at the process table each second and remembers its family. Standard library only.

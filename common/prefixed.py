@@ -175,8 +175,8 @@ def _prefixes(name: str, width: int, position: int) -> tuple[bytes, bytes]:
     """What stands before a line on stdout and on stderr: the name, in a colour of its own where that is a terminal."""
     found = []
     for number in (1, 2):
-        text = f"[{name}]" + " " * (width - len(name) + 1)
-        if os.isatty(number) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        text = f"[{name}]" + " " * (width - len(name) + 1) if name else ""
+        if name and os.isatty(number) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
             text = f"\033[{COLOURS[position % len(COLOURS)]}m{text}\033[0m"
         found.append(text.encode(errors="replace"))
     return found[0], found[1]
@@ -200,7 +200,7 @@ def run_prefixed(
     SIGKILL.
 
     Args:
-        commands: name (of the host) → the words of its command.
+        commands: name (of the host; "" where there is nothing to tell apart) → the words of its command.
         lifeline: their standard input stays open as long as they are to run, and its end is the request to leave, which also comes
             when this process is killed (``common/remote_guard.py`` heeds it, through ssh too). Otherwise it is empty, and they are
             asked with signals.

@@ -66,7 +66,7 @@ def start_ranks(config: TrainConfig, per_node: int, world_size: int) -> int:
             rank = config.node_rank * per_node + local_rank
             variables = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": local_rank}).items()}
             children[rank] = subprocess.Popen([sys.executable, *sys.argv], env=os.environ | variables)
-        return wait_for_all(children, "plain.py")
+        return wait_for_all(children, f"plain.py (node {config.node_rank})" if several else "plain.py")
 
 
 def main() -> int:

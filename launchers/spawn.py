@@ -87,7 +87,8 @@ def main() -> int:
             end(children)
             raise
         try:
-            return wait_for_all(children, "spawn.py", [child.process.sentinel for child in children.values()])
+            name = f"spawn.py (node {config.node_rank})" if several else "spawn.py"
+            return wait_for_all(children, name, [child.process.sentinel for child in children.values()])
         finally:
             gc.freeze()  # as in a rank: where this process has imported torch, its last collections would take half a second
 

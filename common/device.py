@@ -19,13 +19,15 @@ def usable_cores() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def share_of_cores(mine: Collection[int], all_local: Sequence[Collection[int]]) -> int:
+def share_of_cores(mine: Collection[int], all_local: Sequence[Collection[int]], quota: float | None = None) -> int:
     """Threads for a rank: its cores, shared evenly with the local ranks that may use the same ones.
 
-    Ranks that a launcher has bound to cores of their own (Open MPI does) share with nobody.
+    Ranks that a launcher has bound to cores of their own (Open MPI does) share with nobody. All share ``quota``, the processors'
+    worth of time that their container has (``cgroup.cpu_quota``): with more threads than that, each stands still in turn.
     """
     sharing = sum(1 for cores in all_local if set(cores) & set(mine))
-    return max(1, len(mine) // max(1, sharing))
+    share = len(mine) // max(1, sharing)
+    return max(1, share if quota is None else min(share, int(quota / max(1, len(all_local)))))
 
 
 def choose_device(config: TrainConfig, rank: Rank) -> torch.device:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common import names, now
+from common.cgroup import cpu_quota
 from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, share_of_cores, usable_cores
 from common.errors import RunError, UsageError
@@ -89,7 +90,7 @@ class Group:
     device: torch.device
     backend: str | None = None
     arrivals: list[dict[str, Any]] = field(default_factory=list)
-    """What each rank wrote into the store before it joined: host, pid, node_rank, cores, clock, command_started."""
+    """What each rank wrote into the store before it joined: host, pid, node_rank, cores, quota, clock, command_started."""
     clock: Clock = field(default_factory=Clock)
     meeting: Meeting | None = None
     """Where the ranks met; None for a process on its own."""
@@ -121,7 +122,8 @@ class Group:
         """
         if config.threads == AS_SHIPPED:
             return found
-        return config.threads or share_of_cores(self.arrivals[self.rank.rank]["cores"], self.local_cores())
+        mine = self.arrivals[self.rank.rank]
+        return config.threads or share_of_cores(mine["cores"], self.local_cores(), mine.get("quota"))
 
 
 def _references(tensors: Sequence[torch.Tensor]) -> int:
@@ -220,6 +222,7 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
         "node_rank": rank.node_rank,
         "local_rank": rank.local_rank,
         "cores": sorted(usable_cores()),
+        "quota": cpu_quota(),
         "clock": clock_id(),
         "command_started": started,
         "told": told | {"world size": rank.world_size},

@@ -4,9 +4,9 @@ docker run launchlab                                                 python laun
 docker run launchlab --epochs 3                                      python launchers/plain.py --epochs 3
 docker run launchlab torchrun --nproc_per_node=2 launchers/torchrun.py       as it stands
 
-It says in one line what cannot work in this container, then runs the command and does what falls to process 1: it passes signals on,
-which process 1 itself would ignore (``docker stop`` would wait ten seconds and kill), takes in orphans, gives the launcher's watcher
-the time for its sentence, and returns the command's status, 128 + N after signal N. With ``--health`` it looks at /dev/shm only.
+It says in one line what cannot work in this container, then runs the command and does what falls to process 1: it passes signals
+on, which process 1 itself would ignore (``docker stop`` would wait ten seconds and kill), takes in orphans, gives the launcher's
+watcher the time for its sentence, and returns the command's status, 128 + N after signal N. With ``--health`` it looks at /dev/shm.
 It is run as ``python -I -S`` and imports the standard library only.
 """
 

@@ -123,7 +123,10 @@ class Group:
         if config.threads == AS_SHIPPED:
             return found
         mine = self.arrivals[self.rank.rank]
-        return config.threads or share_of_cores(mine["cores"], self.local_cores(), mine.get("quota"))
+        # Containers and virtual hosts are nodes of their own, and on one machine share its cores all the same.
+        sharing = [a["cores"] for a in self.arrivals if a["clock"] == mine["clock"]]
+        quota = mine["quota"] and mine["quota"] / len(self.local_cores())
+        return config.threads or share_of_cores(mine["cores"], sharing, quota)
 
 
 def _references(tensors: Sequence[torch.Tensor]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from common import cgroup, container, device
+from common.command_line import parse_config
 from common.process_group import Group
 from common.rank import Rank
 from tests.common.helpers import ROOT, end_group, start
@@ -181,19 +182,28 @@ def test_no_limit_is_none(tmp_path):
     assert cgroup.cpu_quota(tmp_path, tmp_path / "absent") is None
 
 
-def test_ranks_share_the_quota_and_have_a_thread_each():
+@pytest.mark.parametrize(("quota", "threads"), [(None, 4), (2.0, 2), (2.9, 2), (0.5, 1), (100.0, 4)])
+def test_a_quota_is_the_most_threads_that_a_rank_gets(quota, threads):
     cores = [list(range(8))] * 2
-    assert device.share_of_cores(cores[0], cores) == 4
-    assert device.share_of_cores(cores[0], cores, 4.0) == 2 and device.share_of_cores(cores[0], cores, 0.5) == 1
-    assert device.share_of_cores([0, 1], [[0, 1], [2, 3]], 2.0) == 1  # bound to cores of their own, but of one container
-    assert device.share_of_cores(cores[0], cores, 100.0) == 4
+    assert device.share_of_cores(cores[0], cores, quota) == threads
 
 
-def test_a_rank_takes_its_own_container_s_quota():
-    from common.command_line import parse_config
-
-    arrivals = [{"node_rank": n, "cores": list(range(8)), "quota": quota} for n, quota in ((0, 2.0), (1, None))]
+@pytest.mark.parametrize(
+    ("nodes", "clocks", "quotas", "threads"),
+    [
+        ([0, 1], "ab", [None, None], [8, 8]),  # two machines
+        ([0, 1], "aa", [None, None], [4, 4]),  # two containers on one
+        ([0, 1], "aa", [2.0, None], [2, 4]),  # one of them with --cpus=2
+        ([0, 0], "aa", [6.0, 6.0], [3, 3]),  # two ranks in one container with --cpus=6
+        ([0, 0, 1], "aab", [1.0, 1.0, None], [1, 1, 8]),
+    ],
+)
+def test_containers_on_one_machine_share_its_cores_and_each_has_its_own_quota(nodes, clocks, quotas, threads):
     config = parse_config("plain.py", argv=[], environment={})
-    for number, threads in ((0, 2), (1, 8)):
-        rank = Rank("plain", rank=number, world_size=2, node_rank=number, master_addr="a")
-        assert Group(rank, device.torch.device("cpu"), "gloo", arrivals).threads(config, 1) == threads
+    arrivals = [
+        {"node_rank": n, "cores": list(range(8)), "clock": c, "quota": q} for n, c, q in zip(nodes, clocks, quotas, strict=True)
+    ]
+    for number, node in enumerate(nodes):
+        local = nodes.count(node)
+        rank = Rank("plain", number, len(nodes), number % local, local, node, "rank0", 1)
+        assert Group(rank, device.torch.device("cpu"), "gloo", arrivals).threads(config, 1) == threads[number]

@@ -10,7 +10,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -18,8 +18,9 @@ from running import BIN, ROOT, Run
 
 BASE = "docker.io/library/python:3.11-slim"  # what the Dockerfile names: `make test` reaches no registry
 IMAGE = "launchlab"
-TOOLS = ("podman", "runc", "conmon", "netavark", "iptables", "mmdebstrap", "unshare", "nsenter")
+TOOLS = ("podman", "runc", "conmon", "netavark", "aardvark-dns", "iptables", "mmdebstrap", "unshare", "nsenter")
 LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale")
+CGROUPS = Path("/sys/fs/cgroup")
 SECONDS = 60  # for a command that does no more than ask
 
 STORAGE = """[storage]
@@ -47,7 +48,8 @@ image_copy_tmp_dir = "{folder}"
 
 def missing() -> str:
     """What this machine lacks for it, in one line; "" if nothing."""
-    if absent := [tool for tool in TOOLS if not shutil.which(tool)]:
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/lib/podman:/usr/libexec/podman"
+    if absent := [tool for tool in TOOLS if not shutil.which(tool, path=path)]:
         return f"{', '.join(absent)} missing: apt install podman runc netavark aardvark-dns iptables mmdebstrap"
     return "" if os.getuid() == 0 else "podman is tested as root: a container with a network of its own needs it here"
 
@@ -114,6 +116,9 @@ def podman(folder: Path) -> Iterator[Podman]:
         except subprocess.TimeoutExpired:
             holder.kill()
             holder.wait(10)
+        for path, _, _ in [each for top in CGROUPS.glob("*/libpod_parent") for each in os.walk(top, topdown=False)]:
+            with suppress(OSError):  # only an empty cgroup can be removed
+                os.rmdir(path)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,6 +1,7 @@
 """What the image's first process decides and does, and the limit of processor time, without a container."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -137,6 +138,24 @@ def test_what_the_command_leaves_has_time_to_end_and_orphans_are_taken_in(first)
     child = first("sh", "-c", "setsid sh -c 'sleep 0.5; echo later' & exit 4")
     out, _ = child.communicate(timeout=30)
     assert (out, child.returncode) == ("later\n", 4)
+
+
+@pytest.mark.only_on("linux")
+def test_ctrl_c_in_a_terminal_reaches_the_command_once(first):
+    """``docker run -it``: the command is the terminal's foreground group; process 1 is not, and passes nothing on twice."""
+    first("true").wait(30)  # skips where there are no namespaces
+    keyboard, terminal = pty.openpty()
+    count = "import signal, time; signal.signal(signal.SIGINT, lambda *_: print('caught', flush=True)); print('up', flush=True)"
+    words = ["setsid", "--ctty", "--wait", *FIRST, sys.executable, "-c", f"{count}; time.sleep(1); time.sleep(1)"]
+    child = start(words, cwd="/", stdin=terminal)
+    try:
+        assert child.stdout.readline() == "up\n"
+        os.write(keyboard, b"\x03")
+        assert child.communicate(timeout=30)[0].split() == ["caught"] and child.returncode == 0
+    finally:
+        end_group(child)
+        os.close(keyboard)
+        os.close(terminal)
 
 
 @pytest.mark.only_on("linux")

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common import names, now
+from common.cgroup import cpu_quota
 from common.claims import check_claims, claim
 from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, share_of_cores, usable_cores
@@ -51,7 +52,7 @@ class Group:
     device: torch.device
     backend: str | None = None
     arrivals: list[dict[str, Any]] = field(default_factory=list)
-    """What each rank wrote into the store before it joined: host, address, pid, node_rank, cores, clock, …"""
+    """What each rank wrote into the store before it joined: host, address, pid, node_rank, cores, quota, clock, …"""
     clock: Clock = field(default_factory=Clock)
     meeting: Meeting | None = None
     """Where the ranks met; None for a process on its own."""
@@ -85,7 +86,11 @@ class Group:
         """
         if config.threads == AS_SHIPPED:
             return found
-        return config.threads or share_of_cores(self.arrivals[self.rank.rank]["cores"], self.local_cores())
+        mine = self.arrivals[self.rank.rank]
+        # Containers and virtual hosts are nodes of their own, and on one machine share its cores all the same.
+        sharing = [a["cores"] for a in self.arrivals if a["clock"] == mine["clock"]]
+        quota = mine["quota"] and mine["quota"] / len(self.local_cores())
+        return config.threads or share_of_cores(mine["cores"], sharing, quota)
 
 
 def _references(tensors: Sequence[torch.Tensor]) -> int:
@@ -148,6 +153,7 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
         "node_rank": rank.node_rank,
         "local_rank": rank.local_rank,
         "cores": sorted(usable_cores()),
+        "quota": cpu_quota(),
         "clock": clock_id(),
         "command_started": started,
         "told": told | {"world size": rank.world_size},

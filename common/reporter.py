@@ -31,7 +31,10 @@ class Reporter:
         """
         import hashlib
 
-        # A name may have 107 bytes (unix(7)), a host's name alone 253.
+        # A name may have 107 bytes (unix(7)), a host's name alone 253. Containers with one network share these names, but not
+        # their processes: a watcher cannot end those of another PID namespace.
+        with contextlib.suppress(OSError):
+            key += os.readlink("/proc/self/ns/pid")
         address = f"\0launchlab-{os.getuid()}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
         with socket.socket(socket.AF_UNIX) as listener:
             try:

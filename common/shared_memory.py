@@ -140,7 +140,8 @@ class SharedMemory:
         self._turn = 0
         self._views: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
         cores = set().union(*group.local_cores()) if group.arrivals else set()
-        self._crowded = self.world_size > len(cores)
+        quota = group.arrivals[self.rank].get("quota") if group.arrivals else None
+        self._crowded = self.world_size > (len(cores) if quota is None else min(len(cores), quota))
         self._spin = _CROWDED_SPIN_S if self._crowded else _SPIN_S
 
     def barrier(self) -> None:

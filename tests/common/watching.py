@@ -41,6 +41,7 @@ def watchers(key):
 def key_address(key):
     import hashlib
 
+    key += os.readlink("/proc/self/ns/pid")
     return f"@launchlab-{os.getuid()}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 

@@ -67,7 +67,7 @@ def is_launching(argv: Sequence[str], folder: str = "") -> bool:
     """
     if not argv:
         return False
-    program = Path(argv[0]).name
+    program = Path(argv[0]).name.partition(":")[0]  # slurmstepd calls itself "slurmstepd: [7.0]"
     if program in LAUNCHERS:
         return True
     if not program.startswith("python"):

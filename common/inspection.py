@@ -57,9 +57,8 @@ def inspect(config: TrainConfig, rank: Rank) -> None:
                 write_json(config.result, _result(rank, group, ranks, checks))
         _exchange(group, "checks shown", None)
         if group.meeting:
-            # Rank 0 may serve the store: it leaves last.
             group.meeting.tell("inspect/left", None)
-            if rank.rank == 0:
+            if rank.serves_store:  # it leaves last
                 group.meeting.hear("inspect/left", "did not end the inspection")
     if wrong := [check.sentence() for check in checks if check.wrong]:
         raise RunError("; ".join(wrong))

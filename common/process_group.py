@@ -113,7 +113,7 @@ class Group:
         return [a["cores"] for a in self.arrivals if a["node_rank"] == self.rank.node_rank]
 
     def threads(self, config: TrainConfig, found: int) -> int:
-        """The CPU threads that this rank trains with: ``--threads``, else its share of the node's cores.
+        """The CPU threads that this rank trains with: ``--threads``, else its share of the node's cores, as far as it was granted.
 
         Args:
             config: the run.
@@ -121,7 +121,8 @@ class Group:
         """
         if config.threads == AS_SHIPPED:
             return found
-        return config.threads or share_of_cores(self.arrivals[self.rank.rank]["cores"], self.local_cores())
+        share = share_of_cores(self.arrivals[self.rank.rank]["cores"], self.local_cores())
+        return config.threads or min(share, self.rank.cpus or share)
 
 
 def _references(tensors: Sequence[torch.Tensor]) -> int:
@@ -169,7 +170,7 @@ def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
 
 
 def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
-    serve = rank.rank == 0 and not rank.store_is_served
+    serve = bool(rank.serves_store) and not rank.store_is_served
     if not serve:
         _wait_for_listener(rank, until, patience)
     try:
@@ -182,7 +183,7 @@ def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
         )
     except dist.DistNetworkError as error:
         if serve and "EADDRINUSE" in str(error):
-            raise port_taken(rank.master_port, "address already in use") from None
+            raise port_taken(rank.master_port, "address already in use", or_free=rank.launcher != "slurm") from None
         raise
     return dist.PrefixStore(f"launchlab/{rank.store_prefix}", store)
 
@@ -264,7 +265,7 @@ def refused_together(arrival: Arrival) -> Iterator[None]:
             with suppress(RunError, RuntimeError):  # who is refused needs no second reason
                 meeting.hear("here", "did not arrive", until=arrival.until)
                 meeting.tell("refused", None)
-                if arrival.rank.rank == 0:  # it may serve the store, which complains at length in those that it leaves
+                if arrival.rank.serves_store:  # unless its launcher does: the store complains at length in those that it leaves
                     meeting.hear("refused", "was not refused", until=time.monotonic() + 1)
         raise
 

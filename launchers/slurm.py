@@ -21,20 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import parse_config
 from common.config import MASTER_FLAGS, TrainConfig
 from common.errors import UsageError, exit_status
-from common.nesting import under_srun
+from common.names import check_known
+from common.nesting_srun import in_a_step, under_srun
 from common.node_list import expand_nodes, expand_tasks
 from common.ports import step_port
 from common.rank import Rank, rank_number
 from common.training import train
 
 NEEDED = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURMD_NODENAME")
-SPECIAL_STEPS = 0xFFFFFFF0  # step numbers from here on are no srun's: salloc's shell, sbatch's script (slurm/slurm.h)
 
 
 def rank_from_slurm(environment: Mapping[str, str], config: TrainConfig) -> Rank:
     """The rank that srun's variables describe: https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES."""
     missing = [name for name in NEEDED if not environment.get(name)]
-    if missing or rank_number(environment, "SLURM_STEP_ID") >= SPECIAL_STEPS:
+    if missing or not in_a_step(environment):
         if job := environment.get("SLURM_JOB_ID"):
             raise UsageError(f"not started by srun, though within job {job}: type srun python launchers/slurm.py")
         raise UsageError(f"{missing[0]} is not set: srun sets it; type srun -N2 -n4 python launchers/slurm.py")
@@ -69,9 +69,11 @@ def rank_from_slurm(environment: Mapping[str, str], config: TrainConfig) -> Rank
 def main() -> None:
     """This process is one rank."""
     config = parse_config("slurm.py", __doc__ or "", MASTER_FLAGS)
-    if nested := under_srun(os.environ, "slurm"):
+    if nested := under_srun("slurm", os.environ)[0]:
         raise UsageError(nested)
-    train(config, rank_from_slurm(os.environ, config))
+    rank = rank_from_slurm(os.environ, config)
+    check_known(rank.master_addr or "", "the first node of SLURM_STEP_NODELIST")
+    train(config, rank)
 
 
 if __name__ == "__main__":

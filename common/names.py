@@ -54,6 +54,6 @@ def check_known(host: str, what: str) -> None:
         socket.getaddrinfo(host, None)
     except socket.gaierror as error:
         raise UsageError(
-            f"{host} ({what}): no address known on {socket.gethostname()} ({error.strerror}); give --master_addr and an address that "
-            "all nodes reach, or enter the name in /etc/hosts"
+            f"{host} ({what}): no address known on {socket.gethostname()} ({error.strerror}); give --master_addr and an address "
+            "that all nodes reach, or enter the name in /etc/hosts"
         ) from None

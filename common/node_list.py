@@ -23,7 +23,8 @@ def expand_nodes(text: str, name: str = "SLURM_STEP_NODELIST") -> list[str]:
         UsageError: it is no such list.
     """
     nodes: list[str] = []
-    entries, end = [], 0
+    entries: list[str] = []
+    end = 0
     for match in _ENTRY.finditer(text):
         if text[end : match.start()] != ("," if entries else ""):
             break
@@ -39,7 +40,7 @@ def expand_nodes(text: str, name: str = "SLURM_STEP_NODELIST") -> list[str]:
                 raise _refused(name, text, f"[{part}] is no list of numbers", "lab[1-3,07]")
             if len(written) * len(ends) + len(nodes) > MOST:
                 raise UsageError(f"{name}={text[:80]}: more than {MOST} nodes, which SLURM itself refuses")
-            written = [start + end for start in written for end in ends]
+            written = [front + back for front in written for back in ends]
         nodes += written
     return nodes
 

@@ -35,8 +35,9 @@ def rank_from_slurm(environment: Mapping[str, str], config: TrainConfig) -> Rank
     """The rank that srun's variables describe: https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES."""
     missing = [name for name in NEEDED if not environment.get(name)]
     if missing or not in_a_step(environment):
-        if job := environment.get("SLURM_JOB_ID"):
-            raise UsageError(f"not started by srun, though within job {job}: type srun python launchers/slurm.py")
+        if environment.get("SLURM_JOB_ID"):
+            within = f"within job {environment['SLURM_JOB_ID']}"
+            raise UsageError(f"not started by srun, though {within}: type srun python launchers/slurm.py")
         raise UsageError(f"{missing[0]} is not set: srun sets it; type srun -N2 -n4 python launchers/slurm.py")
     nodes = expand_nodes(environment.get("SLURM_STEP_NODELIST", ""), "SLURM_STEP_NODELIST")
     tasks = expand_tasks(environment.get("SLURM_STEP_TASKS_PER_NODE", ""), "SLURM_STEP_TASKS_PER_NODE")
@@ -49,7 +50,7 @@ def rank_from_slurm(environment: Mapping[str, str], config: TrainConfig) -> Rank
     node_rank = nodes.index(here)  # SLURM_NODEID counts heterogeneous steps' nodes in another order than the lists have
     job, step = rank_number(environment, "SLURM_JOB_ID"), rank_number(environment, "SLURM_STEP_ID")
     local_rank, master = rank_number(environment, "SLURM_LOCALID"), config.master_addr or nodes[0]
-    cpus_here = rank_number(environment, "SLURM_CPUS_ON_NODE", 0) // tasks[node_rank]
+    cpus_here = rank_number(environment, "SLURM_CPUS_ON_NODE", 0) // max(1, tasks[node_rank])
     return Rank(
         "slurm",
         rank=rank_number(environment, "SLURM_PROCID"),

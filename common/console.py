@@ -21,7 +21,7 @@ GAP = 2  # blanks between the columns of a table
 
 
 class Console:
-    """Prints for one rank: each node's first rank speaks (srun's first of all), the others are silent unless ``--log_all_ranks``."""
+    """Prints for one rank: each node's first rank speaks (srun's: rank 0), the others are silent unless ``--log_all_ranks``."""
 
     def __init__(self, config: TrainConfig, rank: Rank) -> None:
         """Speaks for ``rank``."""

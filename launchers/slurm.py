@@ -73,7 +73,7 @@ def main() -> None:
     if nested := under_srun("slurm", os.environ)[0]:
         raise UsageError(nested)
     rank = rank_from_slurm(os.environ, config)
-    check_known(rank.master_addr or "", "the first node of SLURM_STEP_NODELIST")
+    check_known(rank.master_addr or "", "MASTER_ADDR" if config.master_addr else "the first node of SLURM_STEP_NODELIST")
     train(config, rank)
 
 

@@ -30,19 +30,19 @@ def under_srun(launcher: str, environment: Mapping[str, str], nodes: int = 1, al
     number = environment.get("SLURM_STEP_NUM_TASKS", "")
     if not in_a_step(environment) or not number.isdigit():
         return "", 0
-    tasks, on_one = int(number), _most_on_a_node(environment)
+    tasks, per_node = int(number), _tasks_per_node(environment)
     agent, mpirun = environment.get("TORCHELASTIC_RUN_ID"), any(environment.get(name) for name in _MPIRUNS)
     speaks = sum(int(environment.get(name) or 0) for name in ("SLURM_PROCID", *(["LOCAL_RANK"] if agent else [])))
     if launcher == "slurm":
         sentence = _instead_of_srun("torchrun" if agent else "mpirun" if mpirun else "")
     elif launcher == "mpi":
-        sentence = _mpi(tasks, on_one, mpirun, alone)
+        sentence = _mpi(tasks, max(per_node), mpirun, alone)
     elif launcher in ("torchrun", "plain") and environment.get("RANK") and not agent:
         sentence = ""  # a rank of a group that was numbered by hand
     else:
         if launcher == "torchrun":
             nodes = _agents(environment, tasks)
-        sentence = _starts_its_own(launcher, tasks, on_one, nodes)
+        sentence = _starts_its_own(launcher, per_node, nodes)
     if sentence and launcher != "slurm":
         sentence += f" (or, if {tasks} runs are meant, srun … env -u SLURM_STEP_ID python …)"
     return sentence, speaks
@@ -53,7 +53,7 @@ def _instead_of_srun(inner: str) -> str:
         return ""
     return (
         f"slurm.py under {inner}, which srun started: all of its ranks would take the number of srun's task; type srun python "
-        "launchers/slurm.py, or srun --ntasks-per-node=1 torchrun … launchers/torchrun.py"
+        "launchers/slurm.py, or srun with one task a node and torchrun … launchers/torchrun.py"
     )
 
 
@@ -75,13 +75,14 @@ def _agents(environment: Mapping[str, str], tasks: int) -> int:
     return 1 if standalone and environment.get("GROUP_WORLD_SIZE") == "1" else tasks
 
 
-def _starts_its_own(launcher: str, tasks: int, on_one: int, nodes: int) -> str:
+def _starts_its_own(launcher: str, per_node: list[int], nodes: int) -> str:
+    tasks, there = sum(per_node), len(per_node)
     program = launcher if launcher == "torchrun" else f"{launcher}.py"
     each = "would train alone, or start ranks of its own" if launcher == "plain" else "would start ranks of its own"
-    if on_one > 1:
+    if max(per_node) > 1:
         return (
             f"srun started {program} {tasks} times, several of them on one node, and each {each}: type srun python "
-            f"launchers/slurm.py, or srun --ntasks-per-node=1 for one {program} a node"
+            f"launchers/slurm.py, or srun -N{there} -n{there} for one {program} a node"
         )
     if tasks > 1 and nodes == 1:
         return (
@@ -91,9 +92,9 @@ def _starts_its_own(launcher: str, tasks: int, on_one: int, nodes: int) -> str:
     return ""
 
 
-def _most_on_a_node(environment: Mapping[str, str]) -> int:
-    """The most tasks of this step on a node; 0 where its variables do not tell."""
+def _tasks_per_node(environment: Mapping[str, str]) -> list[int]:
+    """The tasks of this step on each node; one 0 where its variables do not tell."""
     try:
-        return max(expand_tasks(environment.get("SLURM_STEP_TASKS_PER_NODE", "")))
+        return expand_tasks(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     except UsageError:
-        return 0
+        return [0]

@@ -5,16 +5,15 @@ Sources: slurm.conf(5), munged(8). Debian's build lets a slurmd be told its name
 
 from __future__ import annotations
 
-import getpass
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from common.errors import RunError
+from common.errors import RunError, UsageError
 from common.namespaces import environment, last_line, program
 from common.virtual_host import FOLDER
 
@@ -44,7 +43,7 @@ TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=batch_sched_delay=0
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
@@ -74,8 +73,15 @@ class Slurm:
         """Starts the daemons, and returns when all hosts take jobs.
 
         Raises:
+            UsageError: this user has no name.
             RunError: one did not start.
         """
+        import pwd  # Unix only
+
+        try:
+            pwd.getpwuid(os.geteuid())
+        except KeyError:
+            raise UsageError(f"SLURM wants users by name: the number {os.geteuid()} has none in /etc/passwd; enter one") from None
         until = time.monotonic() + _START_S + len(self.cluster.names)
         (self._folder / "state").mkdir(parents=True)
         for name in self.cluster.names:
@@ -94,14 +100,16 @@ class Slurm:
         }
         munged = ["munged", "--foreground", "--force", *(f"--{name}={_HERE}/{file}" for name, file in files.items())]
         self._daemon(self.first, munged)
-        self._wait(lambda: (self._folder / "munge.socket").exists(), until, "munge.log")
+        self._wait((self._folder / "munge.socket").exists, until)
         self._daemon(self.first, ["slurmctld", "-D"])
         for name in self.cluster.names:
             self._daemon(name, ["slurmd", "-D", "-N", name])
-        self._wait(self._all_idle, until, "slurmctld.log", *(f"slurmd.{name}.log" for name in self.cluster.names))
+        self._wait(self._all_idle, until)
 
     def stop(self) -> None:
         """Cancels all jobs, waits until they are gone (their steps outlive the daemons), and ends the daemons."""
+        if not self._daemons:
+            return
         until = time.monotonic() + _STOP_S
         with suppress(subprocess.TimeoutExpired):
             self._ask("scancel", "--partition=all")
@@ -125,15 +133,16 @@ class Slurm:
             f"NodeName={name} NodeAddr={address} CPUs={self.cpus or max(CPUS, len(cluster.cores[name]))}"
             for name, address in cluster.addresses.items()
         ]
-        user = getpass.getuser() if os.geteuid() else "root"
-        return _CONF.format(first=self.first, address=cluster.addresses[self.first], user=user, here=_HERE, nodes="\n".join(rows))
+        facts = {"first": self.first, "address": cluster.addresses[self.first], "user": os.geteuid(), "nodes": "\n".join(rows)}
+        return _CONF.format(here=_HERE, **facts)
 
     def _daemon(self, name: str, words: Sequence[str]) -> None:
         path = program(words[0])
         assert path
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        command = [path, *words[1:]]
-        self._daemons.append(self.cluster.popen(name, command, self.environment | {"PATH": environment()["PATH"]}, "/", **quiet))
+        variables = self.environment | {"PATH": environment()["PATH"]}
+        with (self._folder / f"{words[0]}.{name}.out").open("wb") as out:  # what it says before it has opened its log
+            pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+            self._daemons.append(self.cluster.popen(name, [path, *words[1:]], variables, "/", **pipes))
 
     def _ask(self, *words: str) -> subprocess.CompletedProcess[str]:
         return self.cluster.run(words, self.first, _STOP_S, self.environment)[self.first]
@@ -141,10 +150,10 @@ class Slurm:
     def _all_idle(self) -> bool:
         return self._ask("sinfo", "--noheader", "--format=%D %t").stdout.split() == [str(len(self.cluster.names)), "idle"]
 
-    def _wait(self, done: Any, until: float, *logs: str) -> None:
+    def _wait(self, done: Callable[[], bool], until: float) -> None:
         while not done():
             dead = any(daemon.poll() is not None for daemon in self._daemons)
             if dead or time.monotonic() > until:
-                said = [f"{log}: {last_line(path.read_text())}" for log in logs if (path := self._folder / log).exists()]
-                raise RunError(f"SLURM did not start on the virtual cluster: {'; '.join(said) or 'no log was written'}")
+                said = [f"{out.stem}: {last_line(out.read_text())}" for out in sorted(self._folder.glob("*.out"))]
+                raise RunError(f"SLURM did not start on the virtual cluster: {'; '.join(said)}")
             time.sleep(0.05)

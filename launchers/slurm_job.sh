@@ -34,8 +34,9 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 # -K: when a task fails, SLURM ends the others too, instead of letting them wait; slurm.py's own watch does so without it.
 srun -K python launchers/slurm.py "$@"
 
-# With torchrun it would be one task a node, and torchrun starts the ranks there (delete slurm.py's line above):
+# With torchrun it would be one task a node with all of its cores, and torchrun starts the ranks there (delete the line above):
 #
 #   master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-#   srun -K --ntasks-per-node=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=2 --rdzv_backend=c10d \
-#     --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$master:$((10000 + SLURM_JOB_ID % 20000))" launchers/torchrun.py "$@"
+#   srun -K --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+#     torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=2 --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" \
+#     --rdzv_endpoint="$master:$((10000 + SLURM_JOB_ID % 20000))" launchers/torchrun.py "$@"

@@ -21,12 +21,13 @@ GAP = 2  # blanks between the columns of a table
 
 
 class Console:
-    """Prints for one rank: each node's first rank speaks, the others are silent unless ``--log_all_ranks``."""
+    """Prints for one rank: each node's first rank speaks (srun's: rank 0), the others are silent unless ``--log_all_ranks``."""
 
     def __init__(self, config: TrainConfig, rank: Rank) -> None:
         """Speaks for ``rank``."""
         self.config, self.rank = config, rank
-        self.speaks = rank.local_rank == 0 or config.log_all_ranks
+        first = rank.rank if rank.launcher == "slurm" else rank.local_rank  # srun shows all nodes' output in one place
+        self.speaks = first == 0 or config.log_all_ranks
         self.prefix = f"[Rank {rank.rank}] " if config.log_all_ranks else ""
 
     def line(self, text: str, everyone: bool = False, prefix: str | None = None) -> None:

@@ -182,7 +182,7 @@ def open_store(rank: Rank, until: float, patience: float) -> dist.Store:
         RunError: nobody serves it in time.
         UsageError: the port is taken.
     """
-    serve = rank.rank == 0 and not rank.store_is_served
+    serve = bool(rank.serves_store) and not rank.store_is_served
     if not serve:
         _wait_for_listener(rank, until, patience)
     try:
@@ -195,6 +195,6 @@ def open_store(rank: Rank, until: float, patience: float) -> dist.Store:
         )
     except dist.DistNetworkError as error:
         if serve and "EADDRINUSE" in str(error):
-            raise port_taken(rank.master_port, "address already in use") from None
+            raise port_taken(rank.master_port, "address already in use", or_free=rank.launcher != "slurm") from None
         raise
     return dist.PrefixStore(f"launchlab/{rank.store_prefix}", store)

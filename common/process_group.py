@@ -78,7 +78,7 @@ class Group:
         return [a["cores"] for a in self.arrivals if a["node_rank"] == self.rank.node_rank]
 
     def threads(self, config: TrainConfig, found: int) -> int:
-        """The CPU threads that this rank trains with: ``--threads``, else its share of the node's cores.
+        """The CPU threads that this rank trains with: ``--threads``, else its share of the node's cores, as far as it was granted.
 
         Args:
             config: the run.
@@ -90,7 +90,8 @@ class Group:
         # Containers and virtual hosts are nodes of their own, and on one machine share its cores all the same.
         sharing = [a["cores"] for a in self.arrivals if a["clock"] == mine["clock"]]
         quota = mine["quota"] and mine["quota"] / len(self.local_cores())
-        return config.threads or share_of_cores(mine["cores"], sharing, quota)
+        share = share_of_cores(mine["cores"], sharing, quota)
+        return config.threads or min(share, self.rank.cpus or share)
 
 
 def _references(tensors: Sequence[torch.Tensor]) -> int:
@@ -209,7 +210,7 @@ def refused_together(arrival: Arrival) -> Iterator[None]:
             with suppress(RunError, RuntimeError):  # who is refused needs no second reason
                 meeting.hear("here", "did not arrive", until=arrival.until)
                 meeting.tell("refused", None)
-                if arrival.rank.rank == 0:  # it may serve the store, which complains at length in those that it leaves
+                if arrival.rank.serves_store:  # unless its launcher does: the store complains at length in those that it leaves
                     meeting.hear("refused", "was not refused", until=time.monotonic() + 1)
         raise
 

@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common import virtual_host
+from common import virtual_host, virtual_slurm
 from common.command_line import Parser, underscored
 from common.errors import UsageError, complain, exit_status
 from common.namespaces import PROGRAM, START_S, Space, environment, last_line, program, unshare
@@ -47,10 +47,10 @@ def missing(ssh: bool = False, slurm: bool = False) -> str:
     packages = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"} | ({"sshd": "openssh-server"} if ssh else {})
     if ssh:
         packages |= {"ssh": "openssh-client", "ssh-keygen": "openssh-client"}
+    if slurm:
+        packages |= virtual_slurm.PACKAGES
     if lacking := sorted({package for tool, package in packages.items() if not program(tool)}):
         return f"a virtual cluster needs {', '.join(lacking)}: apt install {' '.join(lacking)}"
-    if slurm:
-        return "a virtual cluster has no SLURM yet"
     probe = [*unshare(), "ip", "link", "add", "probe", "type", "bridge"]
     ended = subprocess.run(probe, capture_output=True, text=True, timeout=START_S, env=environment())
     if ended.returncode:
@@ -136,7 +136,7 @@ class VirtualCluster:
         self._hosts: dict[str, Space] = {}
         self._spaces: list[Space] = []
         self._network: Network | None = None
-        self._slurm: Any = None
+        self._slurm: virtual_slurm.Slurm | None = None
         self.environment: dict[str, str] = {}
         """Set for every command on every host."""
 
@@ -187,6 +187,10 @@ class VirtualCluster:
             from common.virtual_ssh import start_daemons
 
             start_daemons(self)
+        if self._wants["slurm"]:
+            self._slurm = virtual_slurm.Slurm(self)
+            self._slurm.start()
+            self.environment |= self._slurm.environment
 
     @property
     def folder(self) -> Path:

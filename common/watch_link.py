@@ -117,10 +117,14 @@ class Links:
     # ------------------------------------------------------------------------------------------- making a connection
 
     def listen(self) -> Message:
-        """Lets the other nodes in from now on: port and token, for them to know."""
+        """Lets the other nodes in from now on: port and token, for them to know; nothing where that is not possible."""
         if not self._listener:
-            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-            self._listener = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6)
+            try:
+                family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+                both = family == socket.AF_INET6
+                self._listener = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
+            except OSError:
+                return {}
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ, self._welcome)
             self._token = os.urandom(16).hex()

@@ -204,6 +204,19 @@ def test_the_first_failure_is_named_and_the_rest_are_ended_in_time(capfd, monkey
     assert capfd.readouterr().err == f"test.py: rank 1 ended first, with {said}.\n"
 
 
+@pytest.mark.parametrize(
+    ("statuses", "said"),
+    [
+        ((1, -15), ""),  # it told of its failure, and the watcher asked the other to leave
+        ((1, -9), "rank 1 ended first, with SIGKILL."),
+        ((0, -15), "the rank here ended with SIGTERM."),
+        ((-15, -15), "all ranks here ended with SIGTERM."),
+    ],
+)
+def test_who_has_told_of_its_end_is_not_blamed(statuses, said):
+    assert children.to_blame(list(enumerate(statuses))) == said
+
+
 def test_patience_and_the_last_second_are_within_the_promise():
     assert children.PATIENCE_S + 1 < 5
 

@@ -97,7 +97,7 @@ def unwritable(command: Sequence[str], environment: Mapping[str, str]) -> str:
     if os.access(folder, os.W_OK | os.X_OK):
         return ""
     if os.statvfs(folder).f_flag & os.ST_RDONLY:
-        return f"{folder} is mounted read-only, and rank 0 leaves the model there (SAVE={path}); mount it without :ro"
+        return f"{folder} is read-only, and rank 0 leaves the model there (SAVE={path}); mount a folder there, without :ro"
     owner = os.stat(folder)
     return (
         f"{folder} belongs to user {owner.st_uid}:{owner.st_gid} and cannot be written by {os.getuid()}:{os.getgid()}, and rank 0 "

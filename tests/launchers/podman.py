@@ -1,7 +1,7 @@
 """A real podman that leaves nothing behind: its own storage, and its own network, mount and PID namespaces.
 
 They belong to one process that ends with the tests' (its standard input does), however these end: with it go all containers,
-networks, firewall rules and mounts. Only the storage's folder is left to be removed.
+networks, firewall rules and mounts; the storage too, which is in memory where there is enough of it.
 """
 
 import json
@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
+import psutil
 from running import BIN, ROOT, Run
 
 BASE = "docker.io/library/python:3.11-slim"  # what the Dockerfile names: `make test` reaches no registry
@@ -21,11 +22,12 @@ IMAGE = "launchlab"
 TOOLS = ("podman", "runc", "conmon", "netavark", "aardvark-dns", "iptables", "mmdebstrap", "unshare", "nsenter")
 LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale")
 CGROUPS = Path("/sys/fs/cgroup")
+STORAGE_BYTES = 8 << 30  # twice what base, image and the steps between them take
 SECONDS = 60  # for a command that does no more than ask
 
 STORAGE = """[storage]
 driver = "overlay"
-graphroot = "{folder}/root"
+graphroot = "{folder}/storage/root"
 runroot = "{folder}/run"
 """
 # runc, because crun of Debian 12 fails where cgroups v1 and v2 are mixed. Not 10.88 and 10.89, which are podman's own.
@@ -42,7 +44,7 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 lock_type = "file"
 tmp_dir = "{folder}/tmp"
-image_copy_tmp_dir = "{folder}"
+image_copy_tmp_dir = "{folder}/storage"
 """
 
 
@@ -65,7 +67,7 @@ class Podman:
         self.env = {
             "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
             "CONTAINERS_CONF": str(folder / "containers.conf"),
-            "TMPDIR": str(folder),
+            "TMPDIR": str(folder / "storage"),
             "XDG_RUNTIME_DIR": str(folder),
         }
 
@@ -99,8 +101,10 @@ class Podman:
 @contextmanager
 def podman(folder: Path) -> Iterator[Podman]:
     """Podman while it is needed; all of it is gone afterwards."""
+    (folder / "storage").mkdir()
+    in_memory = f"mount -t tmpfs tmpfs {folder}/storage;" if psutil.virtual_memory().available > STORAGE_BYTES else ""
     words = ["unshare", "--net", "--mount", "--fork", "--pid", "--mount-proc", "--kill-child=KILL",
-             "sh", "-c", "ip link set lo up; echo ready; exec cat"]  # fmt: skip
+             "sh", "-c", f"{in_memory} ip link set lo up; echo ready; exec cat"]  # fmt: skip
     holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert holder.stdout.readline() == b"ready\n"
@@ -124,13 +128,13 @@ def podman(folder: Path) -> Iterator[Podman]:
 
 def base_image(engine: Podman) -> None:
     """Makes a Debian with Python and gives it the name of Docker's image."""
-    tar = engine.folder / "base.tar"
+    tar = engine.folder / "storage" / "base.tar"
     options = ["--dpkgopt=force-unsafe-io", *(f"--dpkgopt=path-exclude=/{path}/*" for path in LEFT_OUT)]
     words = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", *options]
-    done = subprocess.run([*words, "bookworm", str(tar)], capture_output=True, text=True, timeout=500, start_new_session=True)
+    words = engine.inside(*words, "bookworm", tar, network=False)
+    done = subprocess.run(words, env=os.environ | engine.env, capture_output=True, text=True, timeout=500, start_new_session=True)
     assert done.returncode == 0, done.stderr
     engine.ask("import", tar, BASE, limit=200)
-    tar.unlink()
 
 
 def pip_settings(folder: Path) -> tuple[list[str], bool]:

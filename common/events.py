@@ -39,6 +39,7 @@ LAUNCHERS = {
     "torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate",
     "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "prterun", "prted", "prte", "orterun", "orted",
     "srun", "slurmstepd",
+    "quiet_torchrun.py", "remote_guard.py",
 }  # fmt: skip
 
 

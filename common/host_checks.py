@@ -5,9 +5,12 @@ Each host gets one ssh connection, all at the same time, through which ``common/
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import secrets
 import shlex
+import signal
 import subprocess
 import threading
 import time
@@ -100,15 +103,18 @@ class _Asked:
 
     def _too_late(self) -> None:
         self._late = True
-        self.process.kill()
+        self._kill()
+
+    def _kill(self) -> None:
+        """With what ssh has started: a ProxyCommand holds the pipes too."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def _send(self, data: bytes) -> None:
         assert self.process.stdin
-        try:
+        with contextlib.suppress(OSError):  # the answer will be missing, and say why
             self.process.stdin.write(data)
             self.process.stdin.flush()
-        except OSError:
-            pass  # the answer will be missing, and say why
 
     def ask(self, what: str, **question: Any) -> dict[str, Any]:
         """The answer to one question; raises _Silent."""
@@ -141,15 +147,13 @@ class _Asked:
     def close(self) -> None:
         """Lets the host go; who still waits for its answer gets none."""
         self.timer.cancel()
-        try:
+        with contextlib.suppress(OSError):
             assert self.process.stdin
             self.process.stdin.close()
-        except OSError:
-            pass
         try:
             self.process.wait(2)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._kill()
             self.process.wait()
         for stream in (self.process.stdout, self.process.stderr):
             if stream:

@@ -33,11 +33,11 @@ from common.prefixed import run_prefixed
 from common.ssh_flags import SshFlags, help_text, parse_ssh_flags, variables
 
 
-def torchrun(flags: SshFlags, node: int, ranks: Sequence[int], master: str, port: int, training: Sequence[str]) -> list[str]:
-    """The torchrun of one node; ``ranks`` are those of each node."""
+def arguments(flags: SshFlags, node: int, ranks: Sequence[int], master: str, port: int, training: Sequence[str]) -> list[str]:
+    """The torchrun of one node, after the words that start it; ``ranks`` are those of each node."""
     where = [f"--nnodes={len(ranks)}", f"--node_rank={node}", f"--nproc_per_node={ranks[node]}"]
     where += [f"--master_addr={master}", f"--master_port={port}"]
-    return [flags.place.python, "-m", "torch.distributed.run", *where, f"{flags.place.root}/launchers/torchrun.py", *training]
+    return [*where, f"{flags.place.root}/launchers/torchrun.py", *training]
 
 
 def look(flags: SshFlags) -> Findings:
@@ -57,9 +57,10 @@ def run(flags: SshFlags, commands: dict[str, list[str]]) -> int:
     def ended(name: str, status: int) -> None:
         if status and not failed:
             failed.append(name)
-            how = "its ssh ended: the connection is lost, or was never made" if status == 255 else f"ended with {in_words(status)}"
-            others = f"; ending the other {len(order) - 1}" if len(order) > 1 else ""
-            complain(f"ssh.py: node {order.index(name)}, {name or 'this machine'}: {how}{others}.")
+            how = "ended first, with " + in_words(128 - status if 128 < status < 160 else status)
+            how = "cannot be reached any more: its ssh has ended" if status == 255 else how
+            rest = f"; ending the other {len(order) - 1 if len(order) > 2 else 'node'}" if len(order) > 1 else ""
+            complain(f"ssh.py: node {order.index(name)}{f' ({name})' if name else ''} {how}{rest}.")
 
     return overall(list(run_prefixed(commands, lifeline=True, hush=True, patience=2, ended=ended).values()))
 
@@ -77,15 +78,17 @@ def start(flags: SshFlags, config: TrainConfig, training: Sequence[str], settled
     check_world(config, sum(ranks))
     with PortReservation(flags.port if flags.single else None) as free_port:
         port = free_port if flags.single else found.master_port
-        words = [torchrun(flags, node, ranks, found.master_addr, port, training) for node in range(len(ranks))]
+        words = [arguments(flags, node, ranks, found.master_addr, port, training) for node in range(len(ranks))]
         if flags.print_only:
             for node, each in enumerate(words):
                 name = flags.hosts[node].label if flags.hosts else "this machine"
-                print(f"# node {node}, on {name}:\n({shell_line(each, flags.place.folder, settled)})")
+                line = shell_line([flags.place.python, "-m", "torch.distributed.run", *each], flags.place.folder, settled)
+                print(f"# node {node}, on {name}:\n({line})")
             return 0
-        quiet = {"LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR")}  # torchrun's: or it explains OMP_NUM_THREADS on every host
+        tell = {"LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR")}  # torchrun's: or it explains OMP_NUM_THREADS on every host
+        torchrun = [flags.place.python, f"{flags.place.root}/common/quiet_torchrun.py"]
         guard = [flags.place.python, "-I", "-S", f"{flags.place.root}/common/remote_guard.py", "--silence", f"{flags.lost_after:g}"]
-        lines = [shell_line([*guard, *each], flags.place.folder, settled | quiet) for each in words]
+        lines = [shell_line([*guard, *torchrun, *each], flags.place.folder, settled | tell) for each in words]
         if flags.single or flags.here is not None:
             return run(flags, {"": ["sh", "-c", lines[flags.here or 0]]})
         return run(flags, {host.label: host.ssh(line, flags.place.ssh) for host, line in zip(flags.hosts, lines, strict=True)})

@@ -209,7 +209,7 @@ def test_a_launcher_that_is_killed(lab, folder):
 
 
 @pytest.mark.parametrize(
-    "what, words", [("agent", ("torch.distributed.run", "--node_rank=1")), ("guard", ("remote_guard.py", "--node_rank=1"))]
+    "what, words", [("agent", ("quiet_torchrun.py", "--node_rank=1")), ("guard", ("remote_guard.py", "--node_rank=1"))]
 )
 def test_an_agent_or_a_guard_that_is_killed(lab, folder, what, words):
     run = on_desk(lab, folder, *ENDLESS)
@@ -217,7 +217,7 @@ def test_an_agent_or_a_guard_that_is_killed(lab, folder, what, words):
     process(run, *words, isolated=what == "guard").kill()
     ended = run.finish(30)
     assert ended.status == 1, ended
-    assert "ssh.py: node 1, lab2: " in ended.err or "ssh.py: node 0, lab1: " in ended.err, ended
+    assert re.search(r"^ssh\.py: node \d \(lab\d\) ended first, with .*; ending the other node\.$", ended.err, re.M), ended
     if what == "agent":
         assert "[lab2] remote_guard.py: the command was killed by SIGKILL" in ended.err, ended
 
@@ -232,7 +232,7 @@ def test_a_link_that_is_cut(lab, folder):
     finally:
         lab.heal("lab2")
     assert ended.status == 1, ended
-    assert "ssh.py: node 1, lab2: its ssh ended: the connection is lost" in ended.err, ended
+    assert "ssh.py: node 1 (lab2) cannot be reached any more: its ssh has ended; ending the other node.\n" in ended.err, ended
 
 
 def test_a_rank_that_fails(lab, folder):
@@ -241,10 +241,19 @@ def test_a_rank_that_fails(lab, folder):
     ended = on_desk(lab, folder, *ENDLESS, "--model", "broken:Fails").finish()
     assert ended.status == 1, ended
     assert len(re.findall(r"^\[lab2\] Rank 2 on lab2 \(pid \d+\) failed: ValueError: no such luck", ended.err, re.M)) == 1, ended
-    assert len(re.findall(r"^ssh\.py: node \d, lab\d: ended with exit status 1; ending the other 1\.$", ended.err, re.M)) == 1, (
-        ended
-    )
+    assert (
+        len(re.findall(r"^ssh\.py: node \d \(lab\d\) ended first, with exit status 1; ending the other node\.$", ended.err, re.M))
+        == 1
+    ), ended
+    assert "ChildFailedError" not in ended.err and ended.err.count("Traceback") == 1, ended
     assert time.monotonic() - began < 60
+
+
+def test_what_the_ranks_refuse_is_bad_input(lab, folder):
+    ended = on_desk(lab, folder, *SMALL, "--dataset", "nobody:Knows").finish()
+    assert ended.status == 2, ended
+    errors = re.findall(r"^(?:\[lab\d\] )?error: .*$", ended.err, re.M)
+    assert errors and "nobody" in errors[0] and "Traceback" not in ended.err, ended
 
 
 def test_what_print_shows_trains_when_it_is_typed(lab, folder):

@@ -105,6 +105,34 @@ def underscored(argv: Sequence[str]) -> list[str]:
     return out
 
 
+def without_local_rank(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """``arguments`` without the ``--local_rank`` that torch.distributed.launch hands to each rank, besides LOCAL_RANK.
+
+    Raises:
+        UsageError: it is not LOCAL_RANK, or the launcher's ranks are told otherwise.
+    """
+    out, found, words = [], None, iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--local_rank":
+            found = value if equals else next(words, "")
+        else:
+            out.append(word)
+    if found is None:
+        return out
+    if name != "torchrun.py":
+        raise UsageError(
+            f"--local_rank {found}: {name} takes none, its ranks know theirs; torch.distributed.launch and torchrun start "
+            "launchers/torchrun.py"
+        )
+    if found != environment.get("LOCAL_RANK", ""):
+        raise UsageError(
+            f"--local_rank {found} with LOCAL_RANK={environment.get('LOCAL_RANK') or '(not set)'}: the variable decides; type "
+            "torchrun --nproc_per_node=N launchers/torchrun.py, which sets it"
+        )
+    return out
+
+
 def parse_config(
     name: str,
     description: str = "",
@@ -125,7 +153,7 @@ def parse_config(
         UsageError: a value that is not allowed, an unknown flag, or flags that contradict each other.
     """
     environment = settings() if environment is None else environment
-    arguments = underscored(sys.argv[1:] if argv is None else argv)
+    arguments = without_local_rank(name, underscored(sys.argv[1:] if argv is None else argv), environment)
     parsed, unknown = _parser(name, description, extra).parse_known_args(arguments)
     if unknown:
         raise UsageError(_unknown(unknown[0], extra))

@@ -27,8 +27,11 @@ from common.config import (
     START_FLAGS,
     TrainConfig,
 )
+from common.debugging import switch_on
 from common.errors import UsageError
 from common.values import switch
+
+_FLAGS_ONLY = ("world_size", "node_rank", "debug")  # variables of these names are others': launchers', and DEBUG anybody's
 
 
 def settings() -> dict[str, str]:
@@ -161,7 +164,7 @@ def parse_config(
     values: dict[str, Any] = {}
     for field_name, spec in FIELDS.items():
         text, where = getattr(parsed, field_name, None), f"--{field_name}"
-        if text is None and field_name not in ("world_size", "node_rank") and environment.get(field_name.upper()):
+        if text is None and field_name not in _FLAGS_ONLY and environment.get(field_name.upper()):
             text, where = environment[field_name.upper()], f"{field_name.upper()} (environment or .env)"
         else:
             given |= {field_name: f"--{field_name} {text}"} if text is not None else {}
@@ -208,6 +211,8 @@ def _resolve(name: str, values: dict[str, Any], given: Mapping[str, str], elasti
             )
     values.setdefault("data_size", job.data_size or JOBS.get(values["dataset"], JOBS["random"]).data_size)
     config = TrainConfig(**values)
+    if config.debug:
+        switch_on()
     if config.nnodes.least < config.nnodes and not elastic:
         raise UsageError(f"--nnodes {config.nnodes.least}:{config.nnodes}: only elastic.py takes a range; give one number of nodes")
     check_gradients(name, config, given)

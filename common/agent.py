@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from common.children import in_words
+from common.debugging import CHOSEN
 from common.errors import RunError, complain, one_line
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def run_agent(launch: LaunchConfig, worker: Callable[..., int], *arguments: Any)
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+    for name in ("torch.distributed.elastic", "torch.multiprocessing") if CHOSEN not in os.environ else ():
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks' watcher tells of a failure in one sentence
     try:
         statuses: dict[int, int] = elastic_launch(launch, worker)(*arguments)

@@ -27,8 +27,11 @@ from common.config import (
     START_FLAGS,
     TrainConfig,
 )
+from common.debugging import switch_on
 from common.errors import UsageError
 from common.values import switch
+
+_FLAGS_ONLY = ("world_size", "node_rank", "debug")  # variables of these names are others': launchers', and DEBUG anybody's
 
 
 def settings() -> dict[str, str]:
@@ -106,6 +109,34 @@ def underscored(argv: Sequence[str]) -> list[str]:
     return out
 
 
+def without_local_rank(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """``arguments`` without the ``--local_rank`` that torch.distributed.launch hands to each rank, besides LOCAL_RANK.
+
+    Raises:
+        UsageError: it is not LOCAL_RANK, or the launcher's ranks are told otherwise.
+    """
+    out, found, words = [], None, iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--local_rank":
+            found = value if equals else next(words, "")
+        else:
+            out.append(word)
+    if found is None:
+        return out
+    if name != "torchrun.py":
+        raise UsageError(
+            f"--local_rank {found}: {name} takes none, its ranks know theirs; torch.distributed.launch and torchrun start "
+            "launchers/torchrun.py"
+        )
+    if found != environment.get("LOCAL_RANK", ""):
+        raise UsageError(
+            f"--local_rank {found} with LOCAL_RANK={environment.get('LOCAL_RANK') or '(not set)'}: the variable decides; type "
+            "torchrun --nproc_per_node=N launchers/torchrun.py, which sets it"
+        )
+    return out
+
+
 def parse_config(
     name: str,
     description: str = "",
@@ -126,7 +157,7 @@ def parse_config(
         UsageError: a value that is not allowed, an unknown flag, or flags that contradict each other.
     """
     environment = settings() if environment is None else environment
-    arguments = underscored(sys.argv[1:] if argv is None else argv)
+    arguments = without_local_rank(name, underscored(sys.argv[1:] if argv is None else argv), environment)
     parsed, unknown = _parser(name, description, extra).parse_known_args(arguments)
     if unknown:
         raise UsageError(_unknown(unknown[0], extra))
@@ -134,7 +165,7 @@ def parse_config(
     values: dict[str, Any] = {}
     for field_name, spec in FIELDS.items():
         text, where = getattr(parsed, field_name, None), f"--{field_name}"
-        if text is None and field_name not in ("world_size", "node_rank") and environment.get(field_name.upper()):
+        if text is None and field_name not in _FLAGS_ONLY and environment.get(field_name.upper()):
             text, where = environment[field_name.upper()], f"{field_name.upper()} (environment or .env)"
         else:
             given |= {field_name: f"--{field_name} {text}"} if text is not None else {}
@@ -181,6 +212,8 @@ def _resolve(name: str, values: dict[str, Any], given: Mapping[str, str], elasti
             )
     values.setdefault("data_size", job.data_size or JOBS.get(values["dataset"], JOBS["random"]).data_size)
     config = TrainConfig(**values)
+    if config.debug:
+        switch_on()
     if config.nnodes.least < config.nnodes and not elastic:
         raise UsageError(f"--nnodes {config.nnodes.least}:{config.nnodes}: only elastic.py takes a range; give one number of nodes")
     check_gradients(name, config, given)

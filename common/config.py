@@ -155,6 +155,13 @@ class TrainConfig:
         False,
     )
     log_all_ranks: bool = flag(OUTPUT, switch, "every rank prints, not only each node's first", False)
+    debug: bool = flag(
+        OUTPUT,
+        switch,
+        "switch on what PyTorch, NCCL and Python can tell (it says what; no variable does this): their logs, C++ stack traces, "
+        "where each rank is on kill -USR1 PID, on a crash and when it is ended",
+        False,
+    )
     plot: str | None = flag(OUTPUT, any_text, "save the training curves as a picture (.png, .svg or .pdf)", None, "FILE")
     save: str | None = flag(OUTPUT, any_text, "save the trained model and this configuration", None, "FILE")
     result: str | None = flag(OUTPUT, any_text, "write what was measured as JSON", None, "FILE")

@@ -38,10 +38,13 @@ class Console:
                 sys.stdout.write("".join(f"{mark}{row}\n" for row in text.splitlines()))
                 sys.stdout.flush()
 
-    def network(self, group: Group) -> None:
-        """Each node's first rank tells how it reaches the other nodes."""
+    def arrived(self, group: Group) -> None:
+        """Each node's first rank tells how it reaches the other nodes; with ``--debug`` rank 0, which process each rank is."""
         if group.network:
             self.line(f"{socket.gethostname()}: {group.network}")
+        if self.config.debug and self.rank.rank == 0:
+            pids = [f"{number} is {a['pid']} on {a['host']}" for number, a in enumerate(group.arrivals)]
+            self.line(f"Process ids: rank {', '.join(pids)}")
 
     def joined(self, group: Group, threads: int) -> None:
         """Every rank says once that it is there; rank 0 then tells what is about to run."""

@@ -25,7 +25,7 @@ from common.names import check_known
 from common.nesting_srun import in_a_step, under_srun
 from common.node_list import expand_nodes, expand_tasks
 from common.ports import step_port
-from common.rank import Rank, rank_number
+from common.rank import Rank, on_this_machine, rank_number
 from common.training import train
 
 NEEDED = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURMD_NODENAME")
@@ -46,6 +46,11 @@ def rank_from_slurm(environment: Mapping[str, str], config: TrainConfig) -> Rank
         raise UsageError(
             f"{world_size} tasks, {environment['SLURM_STEP_TASKS_PER_NODE']} of them on {environment['SLURM_STEP_NODELIST']}, "
             f"and this on {here}: SLURM's variables do not belong to one step; start this with srun, and set none of them"
+        )
+    if len(nodes) > 1 and on_this_machine(config.master_addr):
+        raise UsageError(
+            f"--master_addr {config.master_addr} (or MASTER_ADDR) with {len(nodes)} nodes: to each node that is the node itself; "
+            "leave it out: ranks then meet on the first node"
         )
     node_rank = nodes.index(here)  # SLURM_NODEID counts heterogeneous steps' nodes in another order than the lists have
     job, step = rank_number(environment, "SLURM_JOB_ID"), rank_number(environment, "SLURM_STEP_ID")

@@ -126,6 +126,14 @@ def test_the_master_can_be_named():
     assert one_node.one_node and one_node.master_addr == "127.0.0.1"
 
 
+def test_a_loopback_master_is_for_one_node():
+    with pytest.raises(
+        UsageError, match=r"^--master_addr 127.0.0.1 \(or MASTER_ADDR\) with 2 nodes: to each node that is the node"
+    ):
+        rank(variables(), "--master_addr", "127.0.0.1")
+    assert rank(variables(tasks="3", nodes="node1"), "--master_addr", "127.0.0.1").one_node
+
+
 @pytest.mark.parametrize(
     "more, cpus",
     [

@@ -207,7 +207,7 @@ def test_ctrl_c_twice_within_a_second(hosts, tmp_path):
     started.run.interrupt()
     seconds = started.gone_after(time.monotonic())
     ended = started.run.finish()
-    assert ended.status == 130 and seconds < PROMISED_S, ended
+    assert ended.status in (130, 137) and seconds < PROMISED_S, ended  # srun's SIGKILL follows at once
     assert "Traceback" not in ended.err, ended
 
 

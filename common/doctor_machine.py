@@ -31,7 +31,7 @@ def packages(subject: Subject) -> Row:
     found = subject.torch
     facts = {name: found.get(name) for name in ("python", "torch", "numpy", "mpi4py", "cuda", "nccl")} | {"commit": commit()}
     here = f"Python {found.get('python', '?')} ({sys.executable})"
-    if sys.version_info < (3, 10):
+    if tuple(int(n) for n in re.findall(r"\d+", str(found.get("python", "3.10")))[:2]) < (3, 10):
         return finding("versions", f"{here}: LaunchLab needs 3.10 or newer", "make PYTHON=python3.12 .venv/.ready", **facts)
     install = f"{sys.executable} -m pip install -r requirements.txt"
     if error := found.get("torch_error"):

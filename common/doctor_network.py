@@ -133,7 +133,7 @@ def interface(subject: Subject) -> Row:
 
 
 def _matches(variable: str, wanted: str, names: list[str]) -> bool:
-    """gloo takes a name; NCCL the beginning of one, ``=`` for a whole name, ``^`` for all but these."""
+    """Of gloo's variable a name; NCCL takes a name; NCCL the beginning of one, ``=`` for a whole name, ``^`` for all but these."""
     if variable == "GLOO_SOCKET_IFNAME":
         return wanted in names
     whole = wanted.lstrip("^")
@@ -199,7 +199,8 @@ def closes(program: str, text: str, number: int = 29500) -> str:
         if "hook input" not in " ".join(chain) or (line == "}" and not chain):
             continue
         found = re.fullmatch(
-            r"((meta l4proto|ip protocol) tcp )?(tcp dport (?P<port>[\d-]+) )?(counter( packets \d+ bytes \d+)? )?(drop|reject\b.*)",
+            r"((meta l4proto|ip protocol) tcp )?(tcp dport (?P<port>[\d-]+) )?"
+            r"(counter( packets \d+ bytes \d+)? )?(drop|reject\b.*)",
             line,
         )
         if "policy drop" in line or (found and (not found["port"] or _covers(found["port"], number))):

@@ -1,4 +1,7 @@
-"""``python -m common.torch_facts``: what this Python's packages are, as JSON. A process of its own: a broken torch may take it along."""
+"""``python -m common.torch_facts``: what this Python's packages are, as JSON, from a process of its own.
+
+A torch that is broken may take its process along.
+"""
 
 from __future__ import annotations
 

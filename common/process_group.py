@@ -161,9 +161,11 @@ def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
         except OSError as error:
             reason = error.strerror or str(error)
         if time.monotonic() > until:
+            refused = "refused" in reason
             raise RunError(
                 f"rank {rank.rank} waited {timeout:g} s (--timeout) for rank 0 at {rank.master_addr}:{rank.master_port}: {reason}; "
                 "is rank 0 started, and is this its address and port?"
+                + ("" if refused else " If so, a firewall may be in between: python -m common.doctor --hosts hosts.txt")
             )
         time.sleep(0.02)
 

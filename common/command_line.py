@@ -59,15 +59,16 @@ def settings() -> dict[str, str]:
     return merged | dict(os.environ)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse that refuses in one line instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
         raise UsageError(f"{message}; see --help")
 
 
-def _parser(name: str, description: str, extra: Sequence[str]) -> _Parser:
-    parser = _Parser(
+def _parser(name: str, description: str, extra: Sequence[str]) -> Parser:
+    parser = Parser(
         prog=name,
         usage=f"{name} [flags]",
         description=textwrap.dedent(description).strip(),

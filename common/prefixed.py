@@ -32,11 +32,8 @@ class _Lines:
         os.set_blocking(source.fileno(), False)
 
     def read(self) -> bool:
-        """Passes on the whole lines that have come; False at the end of the stream."""
-        try:
-            data = os.read(self.source.fileno(), 1 << 16)
-        except BlockingIOError:
-            return True
+        """Passes on the whole lines that have come; False at the end of the stream, BlockingIOError where nothing has come."""
+        data = os.read(self.source.fileno(), 1 << 16)
         *lines, self.rest = (self.rest + data).split(b"\n")
         if self.rest and (not data or len(self.rest) > LONGEST_LINE):
             lines, self.rest = [*lines, self.rest], b""

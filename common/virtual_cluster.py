@@ -15,41 +15,28 @@ ordinary user where user namespaces are allowed (user_namespaces(7)).
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import virtual_host
-from common.errors import RunError, UsageError
+from common.command_line import Parser, underscored
+from common.errors import UsageError, complain, exit_status
+from common.namespaces import PROGRAM, START_S, Space, environment, last_line, program, unshare
+from common.prefixed import run_prefixed
+from common.values import whole
+from common.virtual_network import NETWORK, Network, bits_per_second, seconds
 
-NETWORK = "10.97.0."  # not 10.88: podman's
 MOST = 200
-_SO_PASSCRED = 16
-_START_S = 20.0
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
-_HOST_KINDS = ("ipc", "uts", "net", "pid", "mnt")
-_PROGRAM = [sys.executable, "-I", "-S", virtual_host.__file__]
-_NEW = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child=KILL"]
-
-
-@dataclass
-class _Born:
-    """A process in namespaces of its own."""
-
-    process: subprocess.Popen[bytes]
-    pid: int
-    """As this process's namespace numbers it."""
 
 
 def missing(ssh: bool = False, slurm: bool = False) -> str:
@@ -60,14 +47,14 @@ def missing(ssh: bool = False, slurm: bool = False) -> str:
     packages = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"} | ({"sshd": "openssh-server"} if ssh else {})
     if ssh:
         packages |= {"ssh": "openssh-client", "ssh-keygen": "openssh-client"}
-    if lacking := sorted({package for program, package in packages.items() if not _program(program)}):
+    if lacking := sorted({package for tool, package in packages.items() if not program(tool)}):
         return f"a virtual cluster needs {', '.join(lacking)}: apt install {' '.join(lacking)}"
     if slurm:
         return "a virtual cluster has no SLURM yet"
-    probe = [*_unshare(), "ip", "link", "add", "probe", "type", "bridge"]
-    ended = subprocess.run(probe, capture_output=True, text=True, timeout=_START_S, env=_environment())
+    probe = [*unshare(), "ip", "link", "add", "probe", "type", "bridge"]
+    ended = subprocess.run(probe, capture_output=True, text=True, timeout=START_S, env=environment())
     if ended.returncode:
-        why = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
+        why = last_line(ended.stderr)
         who = "root" if os.geteuid() == 0 else "an ordinary user"
         return (
             f"a virtual cluster needs namespaces, which {who} cannot make here ({why}); "
@@ -75,39 +62,6 @@ def missing(ssh: bool = False, slurm: bool = False) -> str:
                "user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0)") + f"; {others}"
         )  # fmt: skip
     return ""
-
-
-def _program(name: str) -> str | None:
-    return shutil.which(name, path=_environment()["PATH"])
-
-
-def _environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's, with the system administration's programs on the path, where an ordinary user has none."""
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-    return os.environ | {"PATH": path} | dict(more or {})
-
-
-def _unshare() -> list[str]:
-    return [*_NEW, *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
-
-
-def bits_per_second(rate: str) -> float:
-    """``100mbit`` → 1e8, with tc's words (tc(8)): bit, kbit, mbit, gbit.
-
-    Raises:
-        UsageError: it is no such rate.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)bit", rate.lower())
-    if not found or not float(found[1]):
-        raise UsageError(f"--rate {rate}: not allowed; give a number with kbit, mbit or gbit, such as 100mbit")
-    return float(found[1]) * _UNITS[found[2]]
-
-
-def _seconds(delay: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s)", delay.lower())
-    if not found:
-        raise UsageError(f"--delay {delay}: not allowed; give a number with us, ms or s, such as 2ms")
-    return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]]
 
 
 def _names(nodes: int, names: Sequence[str] | None) -> list[str]:
@@ -120,6 +74,19 @@ def _names(nodes: int, names: Sequence[str] | None) -> list[str]:
         if not re.fullmatch(r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?", name) or name == "localhost" or names.count(name) > 1:
             raise UsageError(f"--names {name}: not allowed; give each host a name of its own of letters, digits and -")
     return names
+
+
+def shares(names: Sequence[str], cores: int | None = None) -> dict[str, set[int]]:
+    """Host → the cores of this machine that it may use, dealt out in turn.
+
+    Raises:
+        UsageError: a host cannot have so many.
+    """
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    each = cores or max(1, len(usable) // len(names))
+    if each > len(usable):
+        raise UsageError(f"--cores {cores}: not allowed; this machine has {len(usable)} for each host to share")
+    return {name: {usable[(k * each + i) % len(usable)] for i in range(each)} for k, name in enumerate(names)}
 
 
 def _names_from_files() -> str:
@@ -141,6 +108,7 @@ class VirtualCluster:
         delay: str | None = None,
         ssh: bool = False,
         slurm: bool = False,
+        cores: int | None = None,
     ) -> None:
         """Describes the cluster; ``__enter__`` makes it.
 
@@ -151,21 +119,23 @@ class VirtualCluster:
             delay: of a frame from one host to another, such as ``2ms``; a round trip takes twice that.
             ssh: start an sshd on each host that lets in who holds the cluster's own key.
             slurm: start SLURM: a controller on the first host, and each host's daemon.
+            cores: that each host may use; by default its even share of this process's, at least one. Beyond what is there hosts
+                share cores.
 
         Raises:
             UsageError: a value that is not allowed.
         """
         self.names = _names(nodes, names)
         self.addresses = {name: f"{NETWORK}{k}" for k, name in enumerate(self.names, 1)}
-        self._rate, self._delay = rate, delay
+        self._rate, self._delay_s = rate, seconds(delay) if delay else 0.0
         if rate:
             bits_per_second(rate)
-        self._delay_s = _seconds(delay) if delay else 0.0
         self._wants = {"ssh": ssh, "slurm": slurm}
-        self._holder: _Born | None = None
-        self._hosts: dict[str, _Born] = {}
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._netem = False
+        self.cores = shares(self.names, cores)
+        self._holder: Space | None = None
+        self._hosts: dict[str, Space] = {}
+        self._spaces: list[Space] = []
+        self._network: Network | None = None
         self._slurm: Any = None
         self.environment: dict[str, str] = {}
         """Set for every command on every host."""
@@ -193,7 +163,8 @@ class VirtualCluster:
         self.close()
 
     def _make(self) -> None:
-        self._holder = self._bear([*_unshare(), *_PROGRAM, "hold"])
+        self._holder = Space([*unshare(), *PROGRAM, "hold"])
+        self._spaces.append(self._holder)
         (self.folder / "hosts").write_text(self._hosts_file())
         (self.folder / "nsswitch.conf").write_text(_names_from_files())
         if self._wants["ssh"]:
@@ -204,13 +175,14 @@ class VirtualCluster:
             for file in ("hosts", "nsswitch.conf", "ssh_config"):
                 if (self.folder / file).exists():
                     shutil.copy(self.folder / file, self.folder / f"{name}.{file}")
-            inside = self._enter(self._holder, virtual_host.KINDS, [*_NEW, *_PROGRAM, "host", name])
-            self._hosts[name] = self._bear(inside)
-        self._connect()
-        if self._delay:
-            self._slow_down()
-        if self._rate:
-            self.set_rate(self._rate)
+            self._hosts[name] = self._holder.inner("host", name)
+            self._spaces.append(self._hosts[name])
+            # Commands get the cores of the host that they are started on: so training takes its share of threads.
+            os.sched_setaffinity(self._hosts[name].pid, self.cores[name])
+        self._network = Network(self._holder, self._hosts, self._delay_s)
+        if self._network.relay:
+            self._spaces.append(self._network.relay)
+        self.set_rate(self._rate)
         if self._wants["ssh"]:
             from common.virtual_ssh import start_daemons
 
@@ -227,89 +199,6 @@ class VirtualCluster:
         for k, (name, address) in enumerate(self.addresses.items(), 1):
             rows += [f"{address} {name}", f"fd97::{k:x} {name}-ip6"]
         return "\n".join(rows) + "\n"
-
-    def _bear(self, words: list[str]) -> _Born:
-        """Starts a program of ``virtual_host`` in new namespaces, and learns its process id."""
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            ours.setsockopt(socket.SOL_SOCKET, _SO_PASSCRED, 1)
-            ours.settimeout(_START_S)
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-                env=_environment({virtual_host.FD: str(theirs.fileno())}),
-                start_new_session=True,
-            )
-            self._processes.append(process)
-            theirs.close()
-            with suppress(TimeoutError):
-                data, ancillary, *_ = ours.recvmsg(64, socket.CMSG_SPACE(12))
-                if data:
-                    return _Born(process, struct.unpack("3i", ancillary[0][2])[0])
-        process.kill()
-        why = (process.communicate(timeout=_START_S)[1].decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
-        raise RunError(f"a virtual cluster's host could not be made: {why}")
-
-    def _enter(
-        self, place: _Born, kinds: Iterable[str], words: Sequence[str], cwd: str | Path = "/", as_oneself: bool = False
-    ) -> list[str]:
-        rootless = os.geteuid() != 0
-        wanted = [kind for kind in kinds if kind != "user"] + (["user"] if rootless else [])
-        who = [f"{os.geteuid()}:{os.getegid()}"] if rootless and as_oneself else []
-        return [*_PROGRAM, "enter", str(place.pid), ",".join(wanted), str(cwd), *who, "--", *words]
-
-    def _configure(self, place: _Born, program: str, rows: Iterable[str]) -> str:
-        """Has ``ip`` or ``tc`` carry out ``rows`` in the network of ``place``; returns what went wrong."""
-        words = self._enter(place, ("net",), [program, "-batch", "-"])
-        text = "\n".join(rows) + "\n"
-        ended = subprocess.run(words, input=text, capture_output=True, text=True, timeout=_START_S, env=_environment())
-        return "" if ended.returncode == 0 else (ended.stderr.strip().splitlines() or ["no reason given"])[0]
-
-    def _must(self, place: _Born, program: str, rows: Iterable[str]) -> None:
-        if why := self._configure(place, program, rows):
-            raise RunError(f"a virtual cluster's network could not be made: {program}: {why}")
-
-    def _connect(self) -> None:
-        """A cable for each host: ``eth0`` there, ``port1``, ``port2``, … on the bridge."""
-        assert self._holder
-        rows = ["link add bridge0 type bridge", "link set bridge0 up"]
-        for k, name in enumerate(self.names, 1):
-            rows.append(f"link add port{k} type veth peer name eth0 netns {self._hosts[name].pid}")
-            rows += [f"link set port{k} master bridge0", f"link set port{k} up"]
-        self._must(self._holder, "ip", rows)
-        for k, name in enumerate(self.names, 1):
-            up = [f"address add {NETWORK}{k}/24 dev eth0", "link set lo up", "link set eth0 up"]
-            self._must(self._hosts[name], "ip", up)
-            self._configure(self._hosts[name], "ip", [f"address add fd97::{k:x}/64 dev eth0 nodad"])  # where there is IPv6
-
-    def _ports(self) -> dict[str, str]:
-        return {name: f"port{k}" for k, name in enumerate(self.names, 1)}
-
-    def _slow_down(self) -> None:
-        """A delay on what each host sends: netem (tc-netem(8)), or the relay in the bridge's place."""
-        assert self._holder
-        row = f"qdisc add dev eth0 root handle 1: netem delay {self._delay_s * 1e6:.0f}us limit 100000"
-        first, *others = self._hosts.values()
-        if not self._configure(first, "tc", [row]):
-            self._netem = True
-            for host in others:
-                self._must(host, "tc", [row])
-            return
-        ports = self._ports().values()
-        self._must(self._holder, "ip", [f"link set {port} nomaster" for port in ports])
-        relay = [sys.executable, "-I", "-S", str(Path(virtual_host.__file__).with_name("virtual_relay.py"))]
-        # In the holder's processes too: it ends with them.
-        words = self._enter(self._holder, ("net", "pid"), [*relay, str(self._delay_s), *ports])
-        process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
-        self._processes.append(process)
-        assert process.stdout and process.stderr
-        if not process.stdout.readline():
-            raise RunError(f"a virtual cluster's relay did not start: {process.stderr.read().decode().strip()}")
 
     # ------------------------------------------------------------------------------------------------- using it
 
@@ -329,7 +218,7 @@ class VirtualCluster:
         """
         given = self.environment | dict(env or {})
         words = [*(["env", *(f"{key}={value}" for key, value in given.items())] if given else []), *words]
-        return self._enter(self._host(name), _HOST_KINDS, words, Path(cwd or Path.cwd()).absolute(), as_oneself=True)
+        return self._host(name).command(words, Path(cwd or Path.cwd()).absolute())
 
     def popen(
         self, name: str, words: Sequence[str], env: Mapping[str, str] | None = None, cwd: str | Path | None = None, **keywords: Any
@@ -379,7 +268,7 @@ class VirtualCluster:
         facts = {"rank": str(self.names.index(name)), "name": name, "addr": self.addresses[name], "master": self.names[0]}
         return [re.sub(r"\{(rank|name|addr|master)\}", lambda found: facts[found[1]], word) for word in words]
 
-    def _host(self, name: str) -> _Born:
+    def _host(self, name: str) -> Space:
         if name not in self._hosts:
             raise UsageError(f"{name}: no such host in this cluster; it has {', '.join(self.names)}")
         return self._hosts[name]
@@ -388,19 +277,21 @@ class VirtualCluster:
 
     def cut(self, name: str) -> None:
         """Pulls host ``name``'s cable: what it sends, and what is sent to it, is lost; nobody is told."""
-        assert self._holder and self._host(name)
-        self._must(self._holder, "ip", [f"link set {self._ports()[name]} down"])
+        self._host(name)
+        assert self._network
+        self._network.plug(name, into=False)
 
     def heal(self, name: str) -> None:
         """Puts host ``name``'s cable back."""
-        assert self._holder and self._host(name)
-        self._must(self._holder, "ip", [f"link set {self._ports()[name]} up"])
+        self._host(name)
+        assert self._network
+        self._network.plug(name, into=True)
 
     def kill(self, name: str) -> None:
         """Ends all processes of host ``name`` at once, as if its power had failed; its network is gone too."""
         born = self._host(name)
         os.kill(born.pid, signal.SIGKILL)
-        born.process.wait(_START_S)
+        born.process.wait(START_S)
 
     def set_rate(self, rate: str | None) -> None:
         """Limits every host's link to ``rate``, each way; None: no limit.
@@ -409,17 +300,8 @@ class VirtualCluster:
             UsageError: ``rate`` is none.
             RunError: the kernel has no token bucket filter (tc-tbf(8)).
         """
-        assert self._holder
-        place = "parent 1: handle 2:" if self._netem else "root"
-        for name, port in self._ports().items():
-            for where, device, at in ((self._hosts[name], "eth0", place), (self._holder, port, "root")):
-                if rate:
-                    bits = bits_per_second(rate)
-                    burst = max(65536 if bits >= 5e7 else 32768, round(bits / 8 * 0.002))
-                    self._must(where, "tc", [f"qdisc replace dev {device} {at} tbf rate {bits:.0f}bit burst {burst} latency 100ms"])
-                elif self._rate:
-                    self._must(where, "tc", [f"qdisc delete dev {device} {at}"])
-        self._rate = rate
+        assert self._network
+        self._network.set_rate(rate)
 
     def close(self) -> None:
         """Ends everything on all hosts, and the hosts."""
@@ -430,10 +312,70 @@ class VirtualCluster:
         if self._holder:
             with suppress(ProcessLookupError):
                 os.kill(self._holder.pid, signal.SIGKILL)
-        for process in self._processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_START_S)
-            for pipe in (process.stdin, process.stdout, process.stderr):
-                if pipe:
-                    pipe.close()
-        self._holder, self._hosts, self._processes = None, {}, []
+        for space in self._spaces:
+            space.close()
+        self._holder, self._hosts, self._spaces = None, {}, []
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def _parse(argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """(flags, the command after ``--``)."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = Parser(
+        prog="python -m common.virtual_cluster",
+        usage="%(prog)s [flags] [-- COMMAND]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="COMMAND runs on each host, with {rank} (0, 1, …), {name}, {addr} and {master} (the first host's name) filled in;\n"
+        "a single word with spaces is given to a shell. Without it a shell opens on the first host. The exit status is the\n"
+        "worst host's.",
+    )
+    parser.add_argument("--nodes", metavar="N", default="2", help="hosts (default: 2)")
+    parser.add_argument("--names", metavar="NAME", nargs="+", help="their names (default: node1 node2 …)")
+    parser.add_argument("--rate", metavar="RATE", help="of each host's link, both ways: 100mbit, 1gbit (default: unlimited)")
+    parser.add_argument("--delay", metavar="TIME", help="from one host to another: 2ms, 500us; a round trip takes twice that")
+    parser.add_argument("--cores", metavar="N", help="that each host may use (default: its share of this machine's)")
+    parser.add_argument("--ssh", action="store_true", help="an sshd on each host; a shell without COMMAND has it anyway")
+    parser.add_argument("--slurm", action="store_true", help="SLURM on all hosts, its controller on the first")
+    flags = parser.parse_args(underscored(argv[:cut]))
+    for name in ("nodes", "cores"):
+        try:
+            setattr(flags, name, whole(1)(given) if (given := getattr(flags, name)) else None)
+        except ValueError as allowed:
+            raise UsageError(f"--{name} {given}: not allowed; give {allowed}") from None
+    flags.names = [name for word in flags.names or () for name in word.split(",")] or None
+    if flags.names and "--nodes" not in " ".join(argv[:cut]).replace("=", " ").split():
+        flags.nodes = len(flags.names)
+    return flags, list(argv[cut + 1 :])
+
+
+def _shell(cluster: VirtualCluster, ssh: bool) -> int:
+    """A shell on the first host, until it ends."""
+    first, *others = cluster.names
+    rows = "\n".join(f"  {address:12} {name}" for name, address in cluster.addresses.items())
+    reach = f"ssh {others[0]} reaches another; " if ssh and others else ""
+    complain(f"A cluster of {len(cluster.names)}:\n{rows}\nThis shell is on {first}; {reach}exit ends the cluster.")
+    signal.signal(signal.SIGINT, lambda *_: None)  # the shell's to hear
+    return subprocess.call(cluster.command(first, [os.environ.get("SHELL") or "/bin/sh"]))
+
+
+def main() -> int:
+    """Makes a cluster, runs the command on its hosts, takes it down."""
+    flags, words = _parse(sys.argv[1:])
+    ssh = flags.ssh or not (words or missing(ssh=True))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    with VirtualCluster(flags.nodes, flags.names, flags.rate, flags.delay, ssh, flags.slurm, flags.cores) as cluster:
+        if not words:
+            return _shell(cluster, ssh)
+        if len(words) == 1 and " " in words[0]:
+            words = ["sh", "-c", words[0]]
+        commands = {name: cluster.command(name, cluster.filled_in(name, words)) for name in cluster.names}
+        return max(128 - status if status < 0 else status for status in run_prefixed(commands).values())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -91,6 +91,10 @@ def enter(pid: int, kinds: list[str], words: list[str], folder: str, own: str | 
         folder: where it starts.
         own: UID:GID to have in there instead of those of a user namespace's root.
     """
+    try:
+        os.sched_setaffinity(0, os.sched_getaffinity(pid))
+    except OSError:
+        sys.exit("this host has been killed")
     doors = [(os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY), KINDS[kind]) for kind in KINDS if kind in kinds]
     for door, kind in doors:
         _call("setns", door, kind)
@@ -109,8 +113,13 @@ def enter(pid: int, kinds: list[str], words: list[str], folder: str, own: str | 
             os.write(2, f"{words[0]}: {error.strerror}\n".encode())
             os._exit(127 if isinstance(error, FileNotFoundError) else 126)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it may have heard too, and be gone
+            os.kill(child, number)
+
     for number in _PASSED_ON:
-        signal.signal(number, lambda number, _: os.kill(child, number))
+        signal.signal(number, pass_on)
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
         ended_by = os.WTERMSIG(status)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from common.config import FIELDS
+from common.virtual_cluster import VirtualCluster, missing
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -217,3 +218,10 @@ def tracebacks_of_ours(ended: Ended) -> int:
         f'File "{ROOT}/' in re.sub(rf'File "{BIN.parent}/', "", part)
         for part in ended.err.split("Traceback (most recent call last)")[1:]
     )
+
+
+def cluster(nodes: int = 2, **options: object) -> VirtualCluster:
+    """A virtual cluster for a test; where none can be made, the test is skipped."""
+    if lack := missing(bool(options.get("ssh")), bool(options.get("slurm"))):
+        pytest.skip(lack)
+    return VirtualCluster(nodes, **options)

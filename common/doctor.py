@@ -81,6 +81,7 @@ def _parser() -> _Parser:
     parser.add_argument("--python", metavar="PATH", help="the Python on the hosts (default: the one that runs this)")
     parser.add_argument("--dir", metavar="PATH", help="LaunchLab's folder on the hosts (default: this one's)")
     parser.add_argument("--only", nargs="+", metavar="CHECK", help=f"these checks only: {', '.join(CHECKS)}")
+    parser.add_argument("--several", action="store_true", help=argparse.SUPPRESS)  # on a host, from the doctor of another
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -194,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"--only {unknown[0]}: no such check; there are {', '.join(CHECKS)}")
     if given.nproc_per_node is not None and given.nproc_per_node < 1:
         raise UsageError(f"--nproc_per_node {given.nproc_per_node}: not allowed; give a whole number, 1 or more")
-    several = bool(given.hosts) or given.purpose in ("ssh", "slurm")
+    several = bool(given.hosts) or given.several or given.purpose in ("ssh", "slurm")
     hosts = None
     if given.hosts:
         from common.doctor_hosts import Party
@@ -202,7 +203,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hosts = Party(given.hosts, given.python or sys.executable, given.dir or str(REPOSITORY), given.purpose)
     rows, subject = examine(given.purpose, several, given.nproc_per_node, given.only or ())
     if hosts:
-        rows += hosts.rows(subject)
+        try:
+            rows += hosts.rows(subject)
+        except Exception as error:  # what this machine's own checks found is still wanted
+            rows.append(unchecked("hosts", f"the check itself failed ({one_line(error)})"))
     elif not given.only:
         rows += [unchecked(name, "it takes several hosts: give --hosts hosts.txt") for name in ("clock", "reachability")]
     return report(rows, subject, given.json)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.doctor_rows import Row, Subject, finding, ok, unchecked
+from common.doctor_rows import Row, Subject, ask, finding, ok, unchecked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEAST_SHM = 1 << 30  # bytes; NCCL and DataLoader workers pass on data there, and containers get 64 MB
@@ -138,6 +138,13 @@ def affinity() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
+def _could_use() -> set[int]:
+    """The cores that this process could have if it asked for all: what its control group (cpuset) leaves of them."""
+    code = "import os; os.sched_setaffinity(0, range(os.cpu_count())); print(*os.sched_getaffinity(0))"
+    answer = ask([sys.executable, "-I", "-S", "-c", code], limit=5)
+    return {int(word) for word in answer.out.split()} if answer.status == 0 else affinity()
+
+
 def cpu_quota(own: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float | None:
     """Cores' worth of time that this process's control groups allow; None: no limit (cgroups(7), cpu.max and cpu.cfs_quota_us)."""
     found = []
@@ -174,9 +181,9 @@ def cores(subject: Subject, usable: int | None = None, quota: float | None = Non
         whole = max(1, int(quota / max(1, subject.ranks)))
         told += f", and a control group allows {quota:g} cores' worth of time: ranks with more threads are stopped again and again"
         return finding("cores", told, f"export THREADS={whole}", **facts)
-    if usable < min(there, subject.ranks):
-        told += f", for {subject.ranks} ranks: this shell is bound to them (taskset, or the job's share)"
-        return finding("cores", told, "taskset -pc 0-" + str(there - 1) + " $$", **facts)
+    if usable < subject.ranks and usable < len(could := _could_use()):
+        told += f", for {subject.ranks} ranks: this shell is bound to {'it' if usable == 1 else 'them'} and need not be"
+        return finding("cores", told, f"taskset -pc {','.join(map(str, sorted(could)))} $$", **facts)
     return ok("cores", told, **facts)
 
 

@@ -22,8 +22,8 @@ total = world.allreduce(world.rank + 1)
 maps = open("/proc/self/maps").read().split() if os.path.exists("/proc/self/maps") else []
 library = next((w for w in maps if os.path.basename(w).startswith("libmpi") and "mpi4py" not in w), "")
 cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-version = " ".join(MPI.Get_library_version().split("\\n")[0].strip(chr(0)).split())
-print("doctor", json.dumps([world.rank, world.size, total, version, library, cores]), flush=True)
+version = " ".join(MPI.Get_library_version().split("\\n")[0].strip(chr(0)).split()).split(", ")[0]
+os.write(1, f"doctor {json.dumps([world.rank, world.size, total, version, library, cores])}\\n".encode())  # whole lines
 """
 FAMILIES = {"Open MPI": ("Open MPI", "OpenRTE", "PRTE"), "Intel MPI": ("Intel",), "MPICH": ("MPICH", "HYDRA", "mpich")}
 NO_BINDING = "export HYDRA_BINDING=none PRTE_MCA_hwloc_default_binding_policy=none OMPI_MCA_hwloc_base_binding_policy=none"

@@ -83,7 +83,7 @@ def outward(here: list[Interface] | None = None) -> Interface | None:
     usable = [i for i in here if not i.is_loopback and not i.one_link_only]
     with contextlib.suppress(OSError, IndexError, ValueError):
         rows = [row.split() for row in Path("/proc/net/route").read_text().splitlines()[1:]]
-        default = next(row[0] for row in rows if row[1] == "00000000")
+        default = next((row[0] for row in rows if row[1] == "00000000"), "")
         usable.sort(key=lambda i: i.name != default)
     usable.sort(key=lambda i: i.family != socket.AF_INET)
     return usable[0] if usable else None

@@ -19,7 +19,7 @@ from typing import Any
 
 from common import names
 from common.doctor_rows import Answer, Row, Subject, ask, finding, ok, unchecked
-from common.interfaces import interfaces
+from common.interfaces import interfaces, route_to
 from common.ports import PortReservation
 
 MEGABYTE = 1_000_000  # bytes of the vector
@@ -103,6 +103,11 @@ def main(words: Sequence[str]) -> None:
     """One rank."""
     number, world_size, address, port, interface = words
     try:
+        if interface.startswith("@"):  # the one that leads to another rank's host
+            route = route_to(interface[1:])
+            interface = route.name if route else "-"
+            if route:
+                os.environ["GLOO_SOCKET_IFNAME"] = interface
         told = rank(int(number), int(world_size), address, int(port), interface)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -38,6 +38,11 @@ class Console:
                 sys.stdout.write("".join(f"{mark}{row}\n" for row in text.splitlines()))
                 sys.stdout.flush()
 
+    def network(self, group: Group) -> None:
+        """Each node's first rank tells how it reaches the other nodes."""
+        if group.network:
+            self.line(f"{socket.gethostname()}: {group.network}")
+
     def joined(self, group: Group, threads: int) -> None:
         """Every rank says once that it is there; rank 0 then tells what is about to run."""
         r = self.rank

@@ -40,6 +40,7 @@ def inspect(config: TrainConfig, rank: Rank) -> None:
     ranks: list[dict[str, Any]] = []
 
     def arrived(group: Group) -> None:
+        console.network(group)
         mine = describe(group, config, environment, threads)
         ranks.extend(_exchange(group, "ranks", mine))
         if rank.rank == 0:

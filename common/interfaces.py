@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,9 +121,46 @@ def route_to(host: str, port: int = 9) -> Interface | None:
     return None
 
 
+def way_out(master: str, others: Sequence[str]) -> tuple[Interface | None, str]:
+    """The interface by which this node's ranks and those of other nodes reach each other, and why it is that one.
+
+    Args:
+        master: the host where rank 0 is, as this node calls it. Where that is this node itself, the name may lead to the loopback
+            interface (Debian gives a host's own name 127.0.1.1), by which nobody else comes in.
+        others: addresses of ranks on other nodes.
+    """
+    route = route_to(master)
+    if route and not route.is_loopback:
+        return route, f"the route to {master}"
+    for other in others:
+        if not is_loopback(other) and (back := route_to(other)):
+            return back, f"the route to {other} of another node; {master} is the loopback interface here"
+    return route, f"the route to {master}; all nodes are this machine"
+
+
 def is_loopback(address: str) -> bool:
     """Whether an address is one by which a machine reaches itself: 127.…, ::1."""
     return address.startswith(("127.", "::ffff:127.")) or address == "::1"
+
+
+def way_in(host: str) -> str | None:
+    """This machine's own address, by which those come in who meet at ``host``.
+
+    Returns:
+        None where ``host`` is this machine by its loopback interface and there are several others: which one is meant is open.
+    """
+    route = route_to(host)
+    if route and not route.is_loopback:
+        return route.address
+    outside = [i.address for i in interfaces() if not i.is_loopback and not i.one_link_only]
+    names = {i.name for i in interfaces() if i.address in outside}
+    return outside[0] if len(names) == 1 else None
+
+
+def leads_back(host: str) -> bool:
+    """Whether a name resolves here, and to loopback addresses only."""
+    found = [str(to[0]) for _, to in addresses_of(host)]
+    return bool(found) and all(map(is_loopback, found))
 
 
 def is_own(host: str) -> bool:

@@ -60,7 +60,7 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
             models.check_fit(config, model, *datasets.fetch(train_data, first, device, dtype))
         if config.sync_batchnorm:
             model = acceleration.with_common_statistics(model)
-    with process_group(arrival, device) as group:
+    with process_group(arrival, device, console.network) as group:
         threads = group.threads(config, shipped)
         torch.set_num_threads(threads)
         phases.joined(group.clock.offset_seconds, group.clock.round_trip_seconds, group.arrivals[0]["command_started"], threads)

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from common import names, now
+from common.claims import check_claims, claim
 from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, share_of_cores, usable_cores
 from common.errors import RunError, UsageError
 from common.events import clock_id
+from common.interfaces import leads_back, route_to, way_out
 from common.ports import port_taken
 from common.rank import Rank, on_this_machine
 from common.values import AS_SHIPPED
@@ -89,10 +91,12 @@ class Group:
     device: torch.device
     backend: str | None = None
     arrivals: list[dict[str, Any]] = field(default_factory=list)
-    """What each rank wrote into the store before it joined: host, pid, node_rank, cores, clock, command_started."""
+    """What each rank wrote into the store before it joined: host, address, pid, node_rank, cores, clock, …"""
     clock: Clock = field(default_factory=Clock)
     meeting: Meeting | None = None
     """Where the ranks met; None for a process on its own."""
+    network: str = ""
+    """Over which interface this node's ranks talk to other nodes', and why; "" where there are none."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum of ``values`` (float64 on CPU, any shape) over all ranks, on every rank."""
@@ -160,6 +164,11 @@ def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
             return
         except OSError as error:
             reason = error.strerror or str(error)
+            if rank.store_is_served and rank.node_rank and leads_back(rank.master_addr):
+                raise RunError(
+                    f"MASTER_ADDR {rank.master_addr} is node {rank.node_rank} itself ({reason}), and rank 0 is on another: that is "
+                    "what node 0 calls itself; start its torchrun with --local-addr and the address by which the others reach it"
+                ) from None
         if time.monotonic() > until:
             refused = "refused" in reason
             raise RunError(
@@ -203,6 +212,12 @@ class Arrival:
     """When its patience ends (``time.monotonic``)."""
 
 
+def _own_address(master: str) -> str | None:
+    """This machine's address on the way to ``master``."""
+    route = route_to(master)
+    return route.address if route else None
+
+
 def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> Arrival:
     """Writes ``rank`` into the store and returns at once, so that it can do what it needs nobody for.
 
@@ -218,6 +233,7 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
     told = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PER_NODE}
     here = {
         "host": socket.gethostname(),
+        "address": None if rank.one_node else _own_address(rank.master_addr or ""),
         "pid": os.getpid(),
         "node_rank": rank.node_rank,
         "local_rank": rank.local_rank,
@@ -233,6 +249,7 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
         if on_this_machine(rank.master_addr):
             names.from_files_only()
         meeting = Meeting(_open_store(rank, until, patience), rank, patience)
+        claim(meeting.store, rank, here)
         meeting.tell("here", here)
     return Arrival(rank, config, here, meeting, until)
 
@@ -246,6 +263,7 @@ def _wait_for_all(meeting: Meeting, until: float) -> list[dict[str, Any]]:
     """
     hint = ": started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
     arrivals: list[dict[str, Any]] = meeting.hear("here", "did not arrive", hint, until)
+    check_claims(arrivals)
     for number, other in enumerate(arrivals):
         for name, value in other["told"].items():
             first = arrivals[0]["told"][name]
@@ -299,23 +317,40 @@ def _compare_clocks(rank: int, arrivals: list[dict[str, Any]], store: dist.Store
     return Clock()
 
 
-def _choose_interface(rank: Rank) -> None:
-    """Ranks of one node talk over the loopback interface: gloo else takes the host name's address, which may lead nowhere.
+def _choose_interface(rank: Rank, backend: str, arrivals: Sequence[Mapping[str, Any]]) -> str:
+    """Sets the group's interface unless the user has: gloo else takes the one of the host name's address, NCCL any.
+
+    Ranks of one node talk over the loopback interface; over several the kernel's route decides.
+
+    Returns:
+        What was chosen and why, where there are several nodes; "" for one.
 
     Raises:
         UsageError: GLOO_SOCKET_IFNAME names an interface that this machine does not have.
     """
+    variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
     if not hasattr(socket, "if_nameindex"):
-        return
-    names = [name for _, name in socket.if_nameindex()]
-    for given in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
-        if given not in names:
-            raise UsageError(
-                f"GLOO_SOCKET_IFNAME={given}: no such interface; this machine has {', '.join(names)}: name one or unset it"
-            )
-    if rank.one_node and "GLOO_SOCKET_IFNAME" not in os.environ:
-        if loopback := next((name for name in ("lo", "lo0") if name in names), None):
-            os.environ["GLOO_SOCKET_IFNAME"] = loopback
+        return ""
+    there = [name for _, name in socket.if_nameindex()]
+    given = os.environ.get(variable, "")
+    for name in filter(None, given.split(",") if backend == "gloo" else ()):
+        if name not in there:
+            raise UsageError(f"{variable}={name}: no such interface; this machine has {', '.join(there)}: name one or unset it")
+    if rank.one_node:
+        loopback = next((name for name in ("lo", "lo0") if name in there), None)
+        if loopback and backend == "gloo" and variable not in os.environ:
+            os.environ[variable] = loopback
+        return ""
+    if variable in os.environ:
+        return f"{backend} over {given}, as {variable} says"
+    others = [a["address"] for a in arrivals if a["node_rank"] != rank.node_rank and a["address"]]
+    interface, why = way_out(rank.master_addr or "", others)
+    if not interface:
+        return f"{backend} over an interface of its own choice: no route to {rank.master_addr} was found"
+    os.environ[variable] = f"={interface.name}" if backend == "nccl" else interface.name  # NCCL takes beginnings of names too
+    if backend == "nccl" and interface.family == socket.AF_INET6:
+        os.environ.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6")
+    return f"{backend} over {interface.name} ({interface.address}): {why}"
 
 
 @contextmanager
@@ -340,9 +375,8 @@ def process_group(arrival: Arrival, device: torch.device, arrived: Callable[[Gro
     backend = choose_backend(arrival.config, device)
     with refused_together(arrival):
         arrivals = _wait_for_all(meeting, arrival.until)
-        if backend == "gloo":
-            _choose_interface(rank)
-    group = Group(rank, device, backend, arrivals, _compare_clocks(rank.rank, arrivals, meeting.store), meeting)
+        network = _choose_interface(rank, backend, arrivals)
+    group = Group(rank, device, backend, arrivals, _compare_clocks(rank.rank, arrivals, meeting.store), meeting, network)
     arrived(group)
     dist.init_process_group(
         backend,

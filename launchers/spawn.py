@@ -20,11 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.checks import check_world, ranks_to_start
+from common.checks import check_master, check_world, ranks_to_start
 from common.children import Process, end, wait_for_all
 from common.command_line import parse_config, settings
 from common.config import SPAWN_FLAGS, TrainConfig
-from common.errors import UsageError, exit_status
+from common.errors import exit_status
+from common.nesting import check_nesting
 from common.ports import PortReservation
 from common.rank import Rank
 from common.training import train
@@ -57,8 +58,8 @@ def main() -> int:
     check_start("spawn.py")
     environment = settings()
     config = parse_config("spawn.py", __doc__ or "", SPAWN_FLAGS, environment=environment)
-    if nested := [f"{name}={environment[name]}" for name in ("RANK", "WORLD_SIZE") if environment.get(name)]:
-        raise UsageError(f"{' '.join(nested)} in the environment: spawn.py numbers its ranks itself; unset it, or use plain.py")
+    check_nesting("spawn", environment, config.nnodes)
+    check_master(config)
     method = config.start_method or default_start_method()
     check_start("spawn.py", method)
     if method == "forkserver":

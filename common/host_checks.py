@@ -207,9 +207,9 @@ class _Checks:
                 say(f"no LaunchLab in {place.root} there: copy it (./setup.sh --multi-node), or name its folder with --remote_dir")
             elif told["code"] != code:
                 files = sorted(name for name in {*told["code"], *code} if told["code"].get(name) != code.get(name))
-                which = f"{', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''} differ"
+                which = f"not the same: {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}"
                 commits = f"commit {told['commit'] or 'unknown'} there, {commit or 'unknown'} here"
-                say(f"other code in {place.root}: {commits}; {which}: copy this one there (./setup.sh --multi-node)")
+                say(f"other code in {place.root}: {commits}; {which}; copy this one there (./setup.sh --multi-node)")
             if told["code"] and not told["folder"]:
                 say(f"no folder {place.folder} there, where the ranks would start: make it, or go to the project's folder here")
             if not told["torch"]:

@@ -36,7 +36,7 @@ SSH_OPTIONS = {
     "BatchMode": "yes",  # a question for a password would wait for ever
     "ConnectTimeout": "10",
     "ServerAliveInterval": "3",  # seconds; after three without an answer ssh gives up
-    "ServerAliveCountMax": "3",
+    "ServerAliveCountMax": "2",
     "ClearAllForwardings": "yes",
     "LogLevel": "ERROR",
 }

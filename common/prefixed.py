@@ -207,7 +207,7 @@ def run_prefixed(
         hush: once they have been asked to leave, what they write to stderr is not shown: it is how they take it.
         patience: seconds that the others get to end by themselves after one has failed, before they are asked to; None: for ever.
         leave: seconds from being asked to leave until SIGKILL.
-        ended: called with (name, status) when a command has ended.
+        ended: called with (name, status) when a command has ended that had not been asked to.
         env: their environment; by default this process's.
         cwd: their folder; by default this process's.
 
@@ -238,7 +238,8 @@ def run_prefixed(
         while True:
             for name in list(group.statuses)[reported:]:
                 reported += 1
-                ended(name, group.statuses[name])
+                if asked_at == float("inf"):
+                    ended(name, group.statuses[name])
                 if group.statuses[name]:
                     failed_at = min(failed_at, time.monotonic())
             if not group.running:

@@ -91,6 +91,11 @@ class _Family:
                 os.kill(pid, number)
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"remote_guard.py: {text}.\n".encode(errors="replace"))
+
+
 def _start(command: Sequence[str]) -> int:
     """Forks and executes ``command`` in a session of its own with an empty standard input; returns its pid."""
     pid = os.fork()
@@ -185,6 +190,8 @@ class _Guard:
                 if ended[0] == self.pid:
                     code = os.waitstatus_to_exitcode(ended[1])
                     self.status = code if code >= 0 else 128 - code
+                    if code < 0 and self.asked_at == float("inf"):
+                        _say(f"the command was killed by {signal.Signals(-code).name}; ending what it has left")
 
 
 def main(words: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from common.values import positive, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTS_FILE = "hosts.txt"
+LOST_AFTER = "10"
 TRAVELS = ("NCCL_", "GLOO_", "TORCH_", "OMP_", "MKL_", "KMP_")  # variables of these go to the hosts with the training flags'
 SINGLE, MULTI = "single-node", "multi-node"
 
@@ -35,6 +36,8 @@ class SshFlags:
     place: Place
     export: list[str]
     ssh_timeout: float
+    lost_after: float
+    """Seconds without a word from the other side until a connection counts as lost, here and there."""
     print_only: bool
     no_checks: bool
     here: int | None
@@ -68,6 +71,11 @@ def _parser() -> Parser:
         help=f"further variables to set there (training flags' and {'*, '.join(TRAVELS)}* are)",
     )
     add("--ssh_timeout", metavar="S", help="seconds for the look at each host (default: 20)")
+    add(
+        "--lost_after",
+        metavar="S",
+        help=f"seconds without a word until a connection counts as lost, and ends the run (default: {LOST_AFTER})",
+    )
     add("--no_checks", action="store_true", help="start without looking at the hosts first")
     add("--print", action="store_true", help="show the command of each host, to be typed there; start nothing")
     add("--here", metavar="NODE", help="start this host's part only, without ssh: master, worker or the node's number")
@@ -117,6 +125,7 @@ def parse_ssh_flags(argv: Sequence[str] | None = None) -> tuple[SshFlags, list[s
         _place(given, bool(hosts) and given.here is None),
         given.export or [],
         _seconds("ssh_timeout", given.ssh_timeout or "20"),
+        _seconds("lost_after", given.lost_after or LOST_AFTER),
         given.print,
         given.no_checks,
         _here(given.here, hosts) if given.here else None,
@@ -154,7 +163,8 @@ def _place(given: argparse.Namespace, remote: bool) -> Place:
     except ValueError as error:
         raise UsageError(f"--ssh {given.ssh}: {error}; write it as in a shell") from None
     python = given.remote_python if given.remote_python and remote else sys.executable
-    return Place(str(root), str(folder), python, ssh or ["ssh"])
+    interval = max(1, round(_seconds("lost_after", given.lost_after or LOST_AFTER) / 3))
+    return Place(str(root), str(folder), python, [*(ssh or ["ssh"]), "-o", f"ServerAliveInterval={interval}"])
 
 
 def _here(text: str, hosts: Sequence[Host]) -> int:

@@ -32,8 +32,6 @@ from common.ports import PortReservation
 from common.prefixed import run_prefixed
 from common.ssh_flags import SshFlags, help_text, parse_ssh_flags, variables
 
-SILENCE_S = 10  # a host that hears nothing from here for so long ends its part
-
 
 def torchrun(flags: SshFlags, node: int, ranks: Sequence[int], master: str, port: int, training: Sequence[str]) -> list[str]:
     """The torchrun of one node; ``ranks`` are those of each node."""
@@ -63,7 +61,7 @@ def run(flags: SshFlags, commands: dict[str, list[str]]) -> int:
             others = f"; ending the other {len(order) - 1}" if len(order) > 1 else ""
             complain(f"ssh.py: node {order.index(name)}, {name or 'this machine'}: {how}{others}.")
 
-    return overall(list(run_prefixed(commands, lifeline=True, hush=True, ended=ended).values()))
+    return overall(list(run_prefixed(commands, lifeline=True, hush=True, patience=2, ended=ended).values()))
 
 
 def start(flags: SshFlags, config: TrainConfig, training: Sequence[str], settled: dict[str, str]) -> int:
@@ -86,7 +84,7 @@ def start(flags: SshFlags, config: TrainConfig, training: Sequence[str], settled
                 print(f"# node {node}, on {name}:\n({shell_line(each, flags.place.folder, settled)})")
             return 0
         quiet = {"LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR")}  # torchrun's: or it explains OMP_NUM_THREADS on every host
-        guard = [flags.place.python, "-I", "-S", f"{flags.place.root}/common/remote_guard.py", "--silence", str(SILENCE_S)]
+        guard = [flags.place.python, "-I", "-S", f"{flags.place.root}/common/remote_guard.py", "--silence", f"{flags.lost_after:g}"]
         lines = [shell_line([*guard, *each], flags.place.folder, settled | quiet) for each in words]
         if flags.single or flags.here is not None:
             return run(flags, {"": ["sh", "-c", lines[flags.here or 0]]})

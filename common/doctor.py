@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -18,8 +19,9 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any
 
+from common.command_line import Parser, underscored
 from common.doctor_machine import (
     REPOSITORY,
     backends,
@@ -66,20 +68,16 @@ CHECKS: dict[str, Callable[[Subject], Row]] = {
 _TOOLS = {"torchrun", "mpi", "ssh", "slurm", "docker"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m common.doctor", description=__doc__, allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(prog="python -m common.doctor", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--hosts", metavar="FILE", help="check every host of this file too, and the network between them")
     parser.add_argument("--for", dest="purpose", choices=PURPOSES, help="what this way of launching needs")
-    parser.add_argument("--nproc_per_node", "--nproc-per-node", type=int, metavar="N",
+    parser.add_argument("--nproc_per_node", type=int, metavar="N",
                         help="ranks that are meant on each machine (default: NPROC_PER_NODE, else the GPUs, else 2)")  # fmt: skip
-    parser.add_argument("--python", metavar="PATH", help="the Python on the hosts (default: the one that runs this)")
-    parser.add_argument("--dir", metavar="PATH", help="LaunchLab's folder on the hosts (default: this one's)")
+    parser.add_argument("--remote_dir", metavar="PATH", help="LaunchLab's folder there; {name}: the host's (default: as here)")
+    parser.add_argument("--remote_python", metavar="PATH", help="the Python on the hosts (default: as here, below --remote_dir)")
+    parser.add_argument("--ssh", metavar="COMMAND", default="ssh", help="ssh with options of your own")
     parser.add_argument("--only", nargs="+", metavar="CHECK", help=f"these checks only: {', '.join(CHECKS)}")
     parser.add_argument("--several", action="store_true", help=argparse.SUPPRESS)  # on a host, from the doctor of another
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -196,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UsageError: bad flags, or a bad hosts file.
     """
-    given = _parser().parse_args(argv)
+    given = _parser().parse_args(underscored(sys.argv[1:] if argv is None else argv))
     if unknown := sorted(set(given.only or ()) - {*CHECKS, "settings"}):
         raise UsageError(f"--only {unknown[0]}: no such check; there are {', '.join(CHECKS)}")
     if given.nproc_per_node is not None and given.nproc_per_node < 1:
@@ -206,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.hosts:
         from common.doctor_hosts import Party
 
-        hosts = Party(given.hosts, given.python or sys.executable, given.dir or str(REPOSITORY), given.purpose)
+        folder = given.remote_dir or str(REPOSITORY)
+        python = given.remote_python or sys.executable.replace(f"{REPOSITORY}/", f"{folder}/")
+        hosts = Party(given.hosts, python, folder, given.purpose, shlex.split(given.ssh))
     rows, subject = examine(given.purpose, several, given.nproc_per_node, given.only or ())
     if hosts:
         try:

@@ -26,7 +26,7 @@ ON_HOSTS = ("versions", "backends", "gpus", "variables", "port", "host name", "i
 class Party:
     """The hosts of a file."""
 
-    def __init__(self, path: str, python: str, folder: str, purpose: str | None) -> None:
+    def __init__(self, path: str, python: str, folder: str, purpose: str | None, ssh: Sequence[str] = ("ssh",)) -> None:
         """Reads the hosts file.
 
         Args:
@@ -34,11 +34,12 @@ class Party:
             python: the interpreter on the hosts.
             folder: LaunchLab's on the hosts; ``{name}`` in either becomes the host's name.
             purpose: what ``--for`` says.
+            ssh: the command, with options that outrank ours.
 
         Raises:
             UsageError: the file cannot be read, or a line of it makes no sense.
         """
-        self.path, self.python, self.folder, self.purpose = path, python, folder, purpose
+        self.path, self.python, self.folder, self.purpose, self.ssh = path, python, folder, purpose, ssh
         self.hosts = read_hosts(path)
 
     def on(self, host: Host, words: Sequence[str], here: bool = True) -> list[str]:
@@ -46,7 +47,7 @@ class Party:
         there = shlex.join(words)
         if here:
             there = f"cd {shlex.quote(self._its(host, self.folder))} && {there}"
-        return host.ssh(there, ssh=("ssh", "-o", f"ConnectTimeout={CONNECT_S}"))
+        return host.ssh(there, [*self.ssh, "-o", f"ConnectTimeout={CONNECT_S}"])
 
     def _its(self, host: Host, text: str) -> str:
         return text.replace("{name}", host.name)
@@ -146,5 +147,5 @@ def _unreached(host: Host, why: str, python: str) -> Row:
     elif "resolve hostname" in small:
         mend = f'echo "ADDRESS {host.name}" | sudo tee -a /etc/hosts'
     elif "not found" in small or "no such file" in small:
-        told, mend = f"{python} is not there", "./setup.sh --multi-node   # or name it: --python PATH"
+        told, mend = f"{python} is not there", "./setup.sh --multi-node   # or name it: --remote_python PATH"
     return of(host, finding("ssh to hosts", f"{told} ({why})", mend))

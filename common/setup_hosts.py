@@ -48,10 +48,10 @@ UNPACK = """
 set -e
 command -v git >/dev/null || {{ echo "git is not installed: sudo apt install git" >&2; exit 1; }}
 mkdir -p {folder} && cd {folder}
+trap 'rm -f .launchlab.bundle' EXIT
 cat > .launchlab.bundle
 git init -q . && git fetch -q .launchlab.bundle HEAD
 git -c advice.detachedHead=false checkout -q --detach FETCH_HEAD
-rm .launchlab.bundle
 """
 
 
@@ -96,15 +96,12 @@ class Setup:
         Raises:
             RunError: a host cannot be reached, or its folder is not ours to write to.
         """
-        token = (
-            REPOSITORY / f".setup-{secrets.token_hex(8)}.part"
-        )  # whoever sees it has this very folder, over a network file system
+        # Whoever sees it has this very folder, over a network file system.
+        token = REPOSITORY / f".setup-{secrets.token_hex(8)}.part"
         token.touch()
         try:
-            answers = self.each(
-                lambda host: ask(self.on(host, STATE.format(folder=shlex.quote(self.there(host)), token=token.name)), LOOK_S),
-                self.hosts,
-            )
+            scripts = {h: STATE.format(folder=shlex.quote(self.there(h)), token=token.name) for h in self.hosts}
+            answers = self.each(lambda host: ask(self.on(host, scripts[host]), LOOK_S), self.hosts)
         finally:
             token.unlink()
         lack, troubles = [], []
@@ -142,13 +139,8 @@ class Setup:
         """
         with tempfile.TemporaryDirectory() as folder:
             bundle = Path(folder, "commit.bundle")
-            subprocess.run(
-                ["git", "bundle", "create", "-q", str(bundle), "HEAD"],
-                cwd=REPOSITORY,
-                check=True,
-                timeout=COPY_S,
-                capture_output=True,
-            )
+            make = ["git", "bundle", "create", "-q", str(bundle), "HEAD"]
+            subprocess.run(make, cwd=REPOSITORY, check=True, timeout=COPY_S, capture_output=True)
 
             def send(host: Host) -> str:
                 words = self.on(host, UNPACK.format(folder=shlex.quote(self.there(host))))
@@ -178,18 +170,18 @@ class Setup:
         commands = {host.label: self.on(host, f"cd {shlex.quote(self.there(host))} && {shlex.join(make)}") for host in self.hosts}
         statuses = run_prefixed(commands, patience=None)
         if bad := {name: status for name, status in statuses.items() if status}:
-            told = ", ".join(
-                f"{name} ({f'not within {self.limit:g} s, --limit' if status == 124 else in_words(status)})"
-                for name, status in bad.items()
-            )
+            why = {
+                name: f"not within {self.limit:g} s, --limit" if status == 124 else in_words(status) for name, status in bad.items()
+            }
+            told = ", ".join(f"{name} ({reason})" for name, reason in why.items())
             raise RunError(f"setup: the environment was not made on {told}; what failed stands above, behind the host's name")
 
     def check(self) -> int:
         """What the doctor says of all hosts."""
         python = self.python or f"{self.folder}/.venv/bin/python"
         sys.stdout.flush()
-        return doctor.main(["--hosts", self.path, "--remote_dir", self.folder, "--remote_python", python, "--ssh", shlex.join(self.ssh),
-                            "--only", "versions", "backends", "port"])  # fmt: skip
+        where = ["--remote_dir", self.folder, "--remote_python", python, "--ssh", shlex.join(self.ssh)]
+        return doctor.main(["--hosts", self.path, *where, "--only", "versions", "backends", "port"])
 
 
 def say(host: Host, text: str) -> None:
@@ -209,9 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--multi_node", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--hosts", metavar="FILE", default="hosts.txt", help="one host a line (default: hosts.txt)")
-    parser.add_argument(
-        "--remote_dir", "--dir", metavar="PATH", help="LaunchLab's folder there; {name}: the host's (default: as here)"
-    )
+    parser.add_argument("--remote_dir", "--dir", metavar="PATH", help="the folder there; {name}: the host's (default: as here)")
     parser.add_argument("--remote_python", "--python", metavar="PATH", help="a Python there that has it all: make no environment")
     parser.add_argument("--ssh", metavar="COMMAND", default="ssh", help="ssh with options of your own")
     parser.add_argument("--limit", metavar="S", default=str(int(BUILD_S)), help="seconds for an environment (default: %(default)s)")

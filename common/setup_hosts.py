@@ -90,8 +90,8 @@ class Setup:
         with ThreadPoolExecutor(max(1, len(hosts))) as pool:
             return dict(zip(hosts, pool.map(work, hosts), strict=True))
 
-    def look(self, wanted: str) -> list[Host]:
-        """The hosts that lack commit ``wanted``.
+    def look(self, wanted: str, again: bool = False) -> list[Host]:
+        """The hosts that lack commit ``wanted``. ``again``: only troubles are told.
 
         Raises:
             RunError: a host cannot be reached, or its folder is not ours to write to.
@@ -107,7 +107,8 @@ class Setup:
         lack, troubles = [], []
         for host, answer in answers.items():
             told, trouble = self._state(host, answer, wanted)
-            say(host, trouble or told)
+            if trouble or not again:
+                say(host, trouble or told)
             troubles += [host.label] if trouble else []
             lack += [host] if told.startswith("to be copied") and not trouble else []
         if troubles:
@@ -165,14 +166,15 @@ class Setup:
         """
         travel = {name: value for name, value in environment.items() if (name in TRAVEL or name.startswith("PIP_")) and value}
         travel.pop("PIP_CERT", None)  # a path of this machine
-        make = ["env", *(f"{name}={value}" for name, value in travel.items())]
-        make += ["timeout", "--kill-after=10", f"{self.limit:g}", "make", ".venv/.ready"]
-        commands = {host.label: self.on(host, f"cd {shlex.quote(self.there(host))} && {shlex.join(make)}") for host in self.hosts}
+        make = shlex.join(["env", *(f"{name}={value}" for name, value in travel.items()), "timeout", "--kill-after=10",
+                           f"{self.limit:g}", "make", ".venv/.ready"])  # fmt: skip
+        # Hosts may share the folder: then one makes it, and the others find it made.
+        script = f"command -v flock >/dev/null && exec flock .venv.lock {make}; exec {make}"
+        commands = {host.label: self.on(host, f"cd {shlex.quote(self.there(host))} && {{ {script}; }}") for host in self.hosts}
         statuses = run_prefixed(commands, patience=None)
         if bad := {name: status for name, status in statuses.items() if status}:
-            why = {
-                name: f"not within {self.limit:g} s, --limit" if status == 124 else in_words(status) for name, status in bad.items()
-            }
+            late = f"not within {self.limit:g} s, --limit"  # timeout(1)'s status 124
+            why = {name: late if status == 124 else in_words(status) for name, status in bad.items()}
             told = ", ".join(f"{name} ({reason})" for name, reason in why.items())
             raise RunError(f"setup: the environment was not made on {told}; what failed stands above, behind the host's name")
 
@@ -213,6 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"Note: changes that are not committed stay here; the hosts get commit {wanted[0][:10]}\n")
     hosts = setup.look(wanted[0])
     if hosts:
+        setup.copy(hosts[:1], wanted[0])
+    if hosts[1:] and (hosts := setup.look(wanted[0], again=True)):  # those that share no folder with the first
         setup.copy(hosts, wanted[0])
     if not setup.python:
         setup.build(os.environ)

@@ -74,7 +74,7 @@ def _parser() -> Parser:
     parser.add_argument("--hosts", metavar="FILE", help="check every host of this file too, and the network between them")
     parser.add_argument("--for", dest="purpose", choices=PURPOSES, help="what this way of launching needs")
     parser.add_argument("--nproc_per_node", type=int, metavar="N",
-                        help="ranks that are meant on each machine (default: NPROC_PER_NODE, else its GPUs, else 2; on hosts 1)")  # fmt: skip
+                        help="ranks that are meant on each machine (default: its GPUs, else 2; 1 on hosts)")  # fmt: skip
     parser.add_argument("--remote_dir", metavar="PATH", help="LaunchLab's folder there; {name}: the host's (default: as here)")
     parser.add_argument("--remote_python", metavar="PATH", help="the Python on the hosts (default: as here, below --remote_dir)")
     parser.add_argument("--ssh", metavar="COMMAND", default="ssh", help="ssh with options of your own")

@@ -108,12 +108,8 @@ def _subject(purpose: str | None, several: bool, ranks: int | None) -> tuple[Sub
     except (ValueError, IndexError):
         found = {"python": sys.version.split()[0], "torch_error": answer.last_line}
     given = environment.get("NPROC_PER_NODE", "")
-    ranks = (
-        ranks
-        or (int(given) if given.isascii() and given.isdigit() and int(given) else 0)
-        or len(found.get("gpus", ()))
-        or (1 if several else 2)
-    )
+    counted = int(given) if given.isascii() and given.isdigit() else 0
+    ranks = ranks or counted or len(found.get("gpus", ())) or (1 if several else 2)
     return Subject(environment, purpose, ranks, several, found), row
 
 

@@ -39,7 +39,8 @@ def rank(rank: int, world_size: int, address: str, port: int, interface: str) ->
     patience = timedelta(seconds=LIMIT_S / 2)
     store = dist.TCPStore(address, port, is_master=rank == 0, wait_for_workers=False, timeout=patience)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
-    vector, took, turns = torch.ones(MEGABYTE // 4), [], TURNS
+    vector, turns = torch.ones(MEGABYTE // 4), TURNS
+    took: list[float] = []
     while len(took) < 3 + turns:
         dist.barrier()
         began = time.perf_counter()

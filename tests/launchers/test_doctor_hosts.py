@@ -275,12 +275,11 @@ def test_setup_of_several_hosts(three, checkout):
     assert "all-reduce over hosts 1 MB in" in flat
 
     # Again: nothing to do. A new commit: it is copied, the environment stays. A file changed there: nothing is overwritten.
+    (checkout / "README.md").write_text("changed\n")
     again = setup(three, checkout, *flags)
     assert again.returncode == 0 and f"[node2] {folder}/at node2 has commit {wanted[:10]}" in again.stdout, again
     assert "copied" not in again.stdout and "[node3] make: '.venv/.ready' is up to date." in again.stdout
-    (checkout / "README.md").write_text("changed\n")
-    note = setup(three, checkout, *flags)
-    assert f"Note: changes that are not committed stay here; the hosts get commit {wanted[:10]}" in note.stdout
+    assert f"Note: changes that are not committed stay here; the hosts get commit {wanted[:10]}" in again.stdout
     git(checkout, "commit", "-qam", "Changed")
     (folder / "at node3" / "LICENSE").write_text("mine\n")
     refused = setup(three, checkout, *flags)

@@ -13,6 +13,7 @@ from torch import nn
 
 from common import models
 from common.config import TrainConfig
+from common.device import cores_of
 from common.gradients import Way
 from common.process_group import Group
 from common.rank import Rank
@@ -74,6 +75,25 @@ class Console:
             compressed = f", sent as {self.config.compress}" if self.config.compress else ""
             chosen = f" (--sync {self.config.sync}: {way.reason})" if way.reason else ""
             self.line(f"Gradients: {way.name}{compressed}{chosen}")
+
+    def cores(self, group: Group) -> None:
+        """Rank 0 tells where a launcher has bound its node's ranks to fewer cores than it may use itself."""
+        used = set().union(*group.local_cores())
+        if self.rank.rank == 0 and len(used) < (there := len(cores_of(self.rank.launchers[-1:]) | used)):
+            many = len(group.local_cores()) > 1
+            self.line(
+                f"Cores: the launcher has bound {'these ranks' if many else 'this rank'} to {len(used)} of {there} cores, the "
+                "others stay idle; mpirun --bind-to none leaves all"
+            )
+
+    def unlike_one_process(self, model: nn.Module) -> None:
+        """Rank 0 tells of layers for which N ranks are not one process."""
+        kinds = [name for name in models.batch_dependent(model) if "Norm" in name and "Sync" not in name]
+        if self.rank.rank == 0 and self.rank.world_size > 1 and kinds:
+            self.line(
+                f"Note: {', '.join(kinds)} normalises each rank's part of a batch by itself, so {self.rank.world_size} ranks do "
+                "not compute what one process does: give --sync_batchnorm (CUDA), or take GroupNorm or LayerNorm"
+            )
 
     def compute(self, device: str, fused: bool) -> None:
         """Rank 0 tells in which numbers, layout and kernels a step is computed."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.errors import RunError, UsageError, complain, one_line
+from common.hints import hint
 from common.rank import Rank
 from common.reporter import Reporter, supported
 
@@ -44,6 +45,8 @@ def _cause(error: BaseException) -> tuple[str, str]:
         return "failed", f"left with exit status {error.code} before its work was done"
     if isinstance(error, RunError):
         return "failed", f"failed: {error}"
+    if remedy := hint(error):
+        return "failed", f"failed: {remedy} ({one_line(error, 100).rstrip(' .')})"
     if lost_a_peer(error):
         return "lost a peer", f"lost another rank: {re.sub(_C_SOURCE, '', one_line(error))}"
     return "failed", f"failed: {one_line(error)}"
@@ -84,7 +87,7 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
         if of_many and isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C, from the launcher too, changes nothing
         event, cause = _cause(error)
-        explained = event != "failed" or isinstance(error, (RunError, SystemExit))
+        explained = event != "failed" or isinstance(error, (RunError, SystemExit)) or hint(error)
         trace = "" if explained else "".join(traceback.format_exception(error))
         if not (reporter and reporter.ask(event=event, cause=cause, traceback=trace)):
             if isinstance(error, UsageError):

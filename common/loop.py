@@ -67,6 +67,8 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
         console.joined(group, threads)
         console.way(way)
         console.compute(device.type, acceleration.fused(model, config))
+        console.cores(group)
+        console.unlike_one_process(model)
         console.model(model)
         training = _Run(config, group, console, phases, model, way, train_data, eval_data, device, precision)
         training.epochs()

@@ -165,6 +165,7 @@ def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
             raise RunError(
                 f"rank {rank.rank} waited {timeout:g} s (--timeout) for rank 0 at {where}: {reason}; "
                 "is rank 0 started, and is this its address and port?"
+                + ("" if refused else " If so, a firewall may be in between: python -m common.doctor --hosts hosts.txt")
             )
         waiting(lambda: f"rank 0 at {where}" + ("" if refused else f": {reason}"))  # noqa: B023  called at once
         time.sleep(0.02)

@@ -30,7 +30,7 @@ from common.nesting import check_nesting
 from common.ports import PortReservation
 from common.rank import Rank
 from common.training import train
-from common.warm import default_start_method, start_server
+from common.warm import check_start, default_start_method, start_server
 
 
 def rank_from_elastic(environment: Mapping[str, str], method: str) -> Rank:
@@ -63,8 +63,10 @@ def worker(config: TrainConfig, method: str) -> int:
 
 def main() -> int:
     """This node's agent."""
+    check_start("elastic.py")
     config = parse_config("elastic.py", __doc__ or "", ELASTIC_FLAGS)
     method = config.start_method or default_start_method()
+    check_start("elastic.py", method)
     per_node, nodes = config.nproc_per_node or 1, config.nnodes
     check_world(config, per_node * nodes)
     check_nesting("elastic", os.environ, nodes)

@@ -29,7 +29,7 @@ from common.nesting import check_nesting
 from common.ports import PortReservation
 from common.rank import Rank
 from common.training import train
-from common.warm import default_start_method, start_server
+from common.warm import check_start, default_start_method, start_server
 
 
 def rank_from_spawn(local_rank: int, per_node: int, world_size: int, config: TrainConfig, port: int, method: str) -> Rank:
@@ -55,11 +55,13 @@ def worker(local_rank: int, per_node: int, world_size: int, config: TrainConfig,
 
 def main() -> int:
     """Starts this node's ranks and waits for them."""
+    check_start("spawn.py")
     environment = settings()
     config = parse_config("spawn.py", __doc__ or "", SPAWN_FLAGS, environment=environment)
     check_nesting("spawn", environment, config.nnodes)
     check_master(config)
     method = config.start_method or default_start_method()
+    check_start("spawn.py", method)
     if method == "forkserver":
         start_server(config)  # it imports while this process goes on
     if config.world_size and config.nnodes == 1:

@@ -6,14 +6,12 @@ node. The status is 2 where the ranks refused their flags, which torchrun turns 
 
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import watch
-from common.children import in_words, to_blame
+from common.children import to_blame
 from common.errors import complain, exit_status
 
 
@@ -31,11 +29,10 @@ def main() -> int:
         run.run(run.parse_args(sys.argv[1:]))
     except ChildFailedError as failed:
         ends = [(rank, f.exitcode) for rank, f in sorted(failed.failures.items(), key=lambda item: item[1].timestamp)]
-        rank, status = to_blame(ends)
-        if status == 2:
+        if 2 in dict(ends).values():
             return 2
-        if not watch.supported or status not in (1, -signal.SIGTERM):
-            complain(f"torchrun: rank {rank} ended first, with {in_words(status)}.")
+        if blame := to_blame(ends):
+            complain(f"torchrun: {blame}")
         return 1
     except (RendezvousError, DistError, TimeoutError) as error:
         complain(f"torchrun: the nodes did not meet: {str(error).splitlines()[0] if str(error) else type(error).__name__}")

@@ -59,7 +59,6 @@ def main() -> int:
     environment = settings()
     config = parse_config("spawn.py", __doc__ or "", SPAWN_FLAGS, environment=environment)
     check_nesting("spawn", environment, config.nnodes)
-    check_master(config)
     method = config.start_method or default_start_method()
     check_start("spawn.py", method)
     if method == "forkserver":
@@ -71,6 +70,7 @@ def main() -> int:
 
         per_node, world_size = ranks_to_start(config, default_per_node=visible_gpus() or 4)
     check_world(config, world_size)
+    check_master(config)
     if method == "fork":
         import common.loop  # noqa: F401  then its copies have it
 

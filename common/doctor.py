@@ -74,7 +74,7 @@ def _parser() -> Parser:
     parser.add_argument("--hosts", metavar="FILE", help="check every host of this file too, and the network between them")
     parser.add_argument("--for", dest="purpose", choices=PURPOSES, help="what this way of launching needs")
     parser.add_argument("--nproc_per_node", type=int, metavar="N",
-                        help="ranks that are meant on each machine (default: NPROC_PER_NODE, else the GPUs, else 2)")  # fmt: skip
+                        help="ranks that are meant on each machine (default: its GPUs, else 2; 1 on hosts)")  # fmt: skip
     parser.add_argument("--remote_dir", metavar="PATH", help="LaunchLab's folder there; {name}: the host's (default: as here)")
     parser.add_argument("--remote_python", metavar="PATH", help="the Python on the hosts (default: as here, below --remote_dir)")
     parser.add_argument("--ssh", metavar="COMMAND", default="ssh", help="ssh with options of your own")
@@ -108,7 +108,8 @@ def _subject(purpose: str | None, several: bool, ranks: int | None) -> tuple[Sub
     except (ValueError, IndexError):
         found = {"python": sys.version.split()[0], "torch_error": answer.last_line}
     given = environment.get("NPROC_PER_NODE", "")
-    ranks = ranks or (int(given) if given.isascii() and given.isdigit() and int(given) else 0) or len(found.get("gpus", ())) or 2
+    counted = int(given) if given.isascii() and given.isdigit() else 0
+    ranks = ranks or counted or len(found.get("gpus", ())) or (1 if several else 2)
     return Subject(environment, purpose, ranks, several, found), row
 
 
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         folder = given.remote_dir or str(REPOSITORY)
         python = given.remote_python or sys.executable.replace(f"{REPOSITORY}/", f"{folder}/")
-        hosts = Party(given.hosts, python, folder, given.purpose, shlex.split(given.ssh))
+        hosts = Party(given.hosts, python, folder, given.purpose, shlex.split(given.ssh), given.nproc_per_node)
     rows, subject = examine(given.purpose, several, given.nproc_per_node, given.only or ())
     if hosts:
         try:

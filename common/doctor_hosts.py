@@ -26,7 +26,9 @@ ON_HOSTS = ("versions", "backends", "gpus", "variables", "port", "host name", "i
 class Party:
     """The hosts of a file."""
 
-    def __init__(self, path: str, python: str, folder: str, purpose: str | None, ssh: Sequence[str] = ("ssh",)) -> None:
+    def __init__(
+        self, path: str, python: str, folder: str, purpose: str | None, ssh: Sequence[str] = ("ssh",), ranks: int | None = None
+    ) -> None:
         """Reads the hosts file.
 
         Args:
@@ -35,12 +37,13 @@ class Party:
             folder: LaunchLab's on the hosts; ``{name}`` in either becomes the host's name.
             purpose: what ``--for`` says.
             ssh: the command, with options that outrank ours.
+            ranks: on each host whose slots are not given; None: its GPUs, or one.
 
         Raises:
             UsageError: the file cannot be read, or a line of it makes no sense.
         """
         self.path, self.python, self.folder, self.purpose, self.ssh = path, python, folder, purpose, ssh
-        self.hosts = read_hosts(path)
+        self.hosts, self.ranks = read_hosts(path), ranks
 
     def on(self, host: Host, words: Sequence[str], here: bool = True) -> list[str]:
         """The command that runs ``words`` on ``host``, in LaunchLab's folder."""
@@ -88,13 +91,8 @@ class Party:
 
         def examined(host: Host) -> Answer:
             words = [self._its(host, self.python), "-m", "common.doctor", "--json", "--several"]
-            words += [
-                "--nproc_per_node",
-                str(host.slots or subject.ranks),
-                "--only",
-                *ON_HOSTS,
-                *([self.purpose] if self.purpose else []),
-            ]
+            words += ["--only", *ON_HOSTS, *([self.purpose] if self.purpose else [])]
+            words += ["--nproc_per_node", str(ranks)] if (ranks := host.slots or self.ranks) else []
             port = subject.environment.get("MASTER_PORT")
             return ask(self.on(host, ["env", f"MASTER_PORT={port}", *words] if port else words), EXAMINE_S, subject.environment)
 

@@ -24,6 +24,7 @@ from common.ports import PortReservation
 
 MEGABYTE = 1_000_000  # bytes of the vector
 TURNS = 15  # timed all-reduces; the first few before them open the connections
+ENOUGH_S = 2.0  # for the timed ones
 SLOW_S = 0.05  # about 100 Mbit/s between two hosts; gradients of a small model take as long as its step then
 LIMIT_S = 30.0
 
@@ -38,13 +39,18 @@ def rank(rank: int, world_size: int, address: str, port: int, interface: str) ->
     patience = timedelta(seconds=LIMIT_S / 2)
     store = dist.TCPStore(address, port, is_master=rank == 0, wait_for_workers=False, timeout=patience)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
-    vector, took = torch.ones(MEGABYTE // 4), []
-    for turn in range(TURNS + 3):
+    vector, turns = torch.ones(MEGABYTE // 4), TURNS
+    took: list[float] = []
+    while len(took) < 3 + turns:
         dist.barrier()
         began = time.perf_counter()
         dist.all_reduce(vector)
-        took.append((time.perf_counter() - began) if turn >= 3 else 0.0)
+        took.append(time.perf_counter() - began)
         vector.fill_(1.0)
+        if len(took) == 3:  # all make as many more, fewer over a slow link
+            slowest = torch.tensor(took[-1])
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            turns = max(2, min(TURNS, int(ENOUGH_S / float(slowest))))
     dist.all_reduce(vector)
     right = bool((vector == world_size).all())
     del vector

@@ -48,10 +48,10 @@ UNPACK = """
 set -e
 command -v git >/dev/null || {{ echo "git is not installed: sudo apt install git" >&2; exit 1; }}
 mkdir -p {folder} && cd {folder}
+trap 'rm -f .launchlab.bundle' EXIT
 cat > .launchlab.bundle
 git init -q . && git fetch -q .launchlab.bundle HEAD
 git -c advice.detachedHead=false checkout -q --detach FETCH_HEAD
-rm .launchlab.bundle
 """
 
 
@@ -90,27 +90,25 @@ class Setup:
         with ThreadPoolExecutor(max(1, len(hosts))) as pool:
             return dict(zip(hosts, pool.map(work, hosts), strict=True))
 
-    def look(self, wanted: str) -> list[Host]:
-        """The hosts that lack commit ``wanted``.
+    def look(self, wanted: str, again: bool = False) -> list[Host]:
+        """The hosts that lack commit ``wanted``. ``again``: only troubles are told.
 
         Raises:
             RunError: a host cannot be reached, or its folder is not ours to write to.
         """
-        token = (
-            REPOSITORY / f".setup-{secrets.token_hex(8)}.part"
-        )  # whoever sees it has this very folder, over a network file system
+        # Whoever sees it has this very folder, over a network file system.
+        token = REPOSITORY / f".setup-{secrets.token_hex(8)}.part"
         token.touch()
         try:
-            answers = self.each(
-                lambda host: ask(self.on(host, STATE.format(folder=shlex.quote(self.there(host)), token=token.name)), LOOK_S),
-                self.hosts,
-            )
+            scripts = {h: STATE.format(folder=shlex.quote(self.there(h)), token=token.name) for h in self.hosts}
+            answers = self.each(lambda host: ask(self.on(host, scripts[host]), LOOK_S), self.hosts)
         finally:
             token.unlink()
         lack, troubles = [], []
         for host, answer in answers.items():
             told, trouble = self._state(host, answer, wanted)
-            say(host, trouble or told)
+            if trouble or not again:
+                say(host, trouble or told)
             troubles += [host.label] if trouble else []
             lack += [host] if told.startswith("to be copied") and not trouble else []
         if troubles:
@@ -142,13 +140,8 @@ class Setup:
         """
         with tempfile.TemporaryDirectory() as folder:
             bundle = Path(folder, "commit.bundle")
-            subprocess.run(
-                ["git", "bundle", "create", "-q", str(bundle), "HEAD"],
-                cwd=REPOSITORY,
-                check=True,
-                timeout=COPY_S,
-                capture_output=True,
-            )
+            make = ["git", "bundle", "create", "-q", str(bundle), "HEAD"]
+            subprocess.run(make, cwd=REPOSITORY, check=True, timeout=COPY_S, capture_output=True)
 
             def send(host: Host) -> str:
                 words = self.on(host, UNPACK.format(folder=shlex.quote(self.there(host))))
@@ -173,23 +166,24 @@ class Setup:
         """
         travel = {name: value for name, value in environment.items() if (name in TRAVEL or name.startswith("PIP_")) and value}
         travel.pop("PIP_CERT", None)  # a path of this machine
-        make = ["env", *(f"{name}={value}" for name, value in travel.items())]
-        make += ["timeout", "--kill-after=10", f"{self.limit:g}", "make", ".venv/.ready"]
-        commands = {host.label: self.on(host, f"cd {shlex.quote(self.there(host))} && {shlex.join(make)}") for host in self.hosts}
+        make = shlex.join(["env", *(f"{name}={value}" for name, value in travel.items()), "timeout", "--kill-after=10",
+                           f"{self.limit:g}", "make", ".venv/.ready"])  # fmt: skip
+        # Hosts may share the folder: then one makes it, and the others find it made.
+        script = f"command -v flock >/dev/null && exec flock .venv.lock {make}; exec {make}"
+        commands = {host.label: self.on(host, f"cd {shlex.quote(self.there(host))} && {{ {script}; }}") for host in self.hosts}
         statuses = run_prefixed(commands, patience=None)
         if bad := {name: status for name, status in statuses.items() if status}:
-            told = ", ".join(
-                f"{name} ({f'not within {self.limit:g} s, --limit' if status == 124 else in_words(status)})"
-                for name, status in bad.items()
-            )
+            late = f"not within {self.limit:g} s, --limit"  # timeout(1)'s status 124
+            why = {name: late if status == 124 else in_words(status) for name, status in bad.items()}
+            told = ", ".join(f"{name} ({reason})" for name, reason in why.items())
             raise RunError(f"setup: the environment was not made on {told}; what failed stands above, behind the host's name")
 
     def check(self) -> int:
         """What the doctor says of all hosts."""
         python = self.python or f"{self.folder}/.venv/bin/python"
         sys.stdout.flush()
-        return doctor.main(["--hosts", self.path, "--remote_dir", self.folder, "--remote_python", python, "--ssh", shlex.join(self.ssh),
-                            "--only", "versions", "backends", "port"])  # fmt: skip
+        where = ["--remote_dir", self.folder, "--remote_python", python, "--ssh", shlex.join(self.ssh)]
+        return doctor.main(["--hosts", self.path, *where, "--only", "versions", "backends", "port"])
 
 
 def say(host: Host, text: str) -> None:
@@ -209,9 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--multi_node", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--hosts", metavar="FILE", default="hosts.txt", help="one host a line (default: hosts.txt)")
-    parser.add_argument(
-        "--remote_dir", "--dir", metavar="PATH", help="LaunchLab's folder there; {name}: the host's (default: as here)"
-    )
+    parser.add_argument("--remote_dir", "--dir", metavar="PATH", help="the folder there; {name}: the host's (default: as here)")
     parser.add_argument("--remote_python", "--python", metavar="PATH", help="a Python there that has it all: make no environment")
     parser.add_argument("--ssh", metavar="COMMAND", default="ssh", help="ssh with options of your own")
     parser.add_argument("--limit", metavar="S", default=str(int(BUILD_S)), help="seconds for an environment (default: %(default)s)")
@@ -223,6 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"Note: changes that are not committed stay here; the hosts get commit {wanted[0][:10]}\n")
     hosts = setup.look(wanted[0])
     if hosts:
+        setup.copy(hosts[:1], wanted[0])
+    if hosts[1:] and (hosts := setup.look(wanted[0], again=True)):  # those that share no folder with the first
         setup.copy(hosts, wanted[0])
     if not setup.python:
         setup.build(os.environ)

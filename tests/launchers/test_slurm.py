@@ -341,7 +341,8 @@ def test_ways_that_need_one_machine(hosts):
 
 def test_the_command_and_what_it_leaves(tmp_path):
     """A job that is still running when the cluster ends is ended with it."""
-    script = "sbatch --quiet -N2 -n2 --wrap 'srun sleep 600' && srun -n1 hostname && sleep 1 && squeue --noheader --format=%t"
+    submit = "sbatch --quiet --output=/dev/null -N2 -n2 --wrap 'srun sleep 600'"
+    script = f"{submit} && srun -n1 hostname && sleep 1 && squeue --noheader --format=%t"
     words = ["python", "-m", "common.virtual_cluster", "--nodes", "2", "--slurm", "--", f"test {{rank}} = 1 || {{ {script}; }}"]
     ended = run(words, cwd=ROOT)  # which looks for processes left
     assert ended.status == 0, ended

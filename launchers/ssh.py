@@ -58,7 +58,7 @@ def run(flags: SshFlags, commands: dict[str, list[str]]) -> int:
         if status and not failed:
             failed.append(name)
             how = "ended first, with " + in_words(128 - status if 128 < status < 160 else status)
-            how = "cannot be reached any more: its ssh has ended" if status == 255 else how
+            how = "gave no status: the connection is lost, or its guard was killed" if status == 255 else how  # ssh(1)
             rest = f"; ending the other {len(order) - 1 if len(order) > 2 else 'node'}" if len(order) > 1 else ""
             complain(f"ssh.py: node {order.index(name)}{f' ({name})' if name else ''} {how}{rest}.")
 

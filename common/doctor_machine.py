@@ -55,8 +55,7 @@ def commit(folder: Path = REPOSITORY) -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        with_archive = folder / ".commit"  # setup.sh leaves it where there is no git
-        return with_archive.read_text().strip() if with_archive.is_file() else None
+        return None
 
 
 def backends(subject: Subject) -> Row:

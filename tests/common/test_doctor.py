@@ -16,6 +16,7 @@ from common import doctor, doctor_machine, doctor_mpi, doctor_network, doctor_ra
 from common.doctor_rows import FINDING, OK, UNCHECKED, Row, Subject, ask, finding, ok, unchecked
 from common.errors import UsageError
 from common.ports import PortReservation
+from common.virtual_cluster import missing
 
 # Variables that would be leftovers to the doctor, were the tests themselves started with them.
 HELD = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
@@ -116,6 +117,8 @@ def test_shared_memory_of_this_machine_and_of_a_small_one(tmp_path):
 
 def in_namespaces(code, *before):
     """Runs Python where it may mount and name things as it likes, without a trace outside."""
+    if lack := missing():
+        pytest.skip(lack)
     words = ["unshare", "--mount", "--uts", "--net", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
     program = f"{' && '.join([*before, 'exec'])} {sys.executable} -c {json.dumps(code)}"
     answer = ask([*words, "sh", "-ec", program], env=os.environ | {"PYTHONPATH": str(doctor_machine.REPOSITORY)})

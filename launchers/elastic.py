@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import names
-from common.agent import run_agent
+from common.agent import meeting_place, run_agent
 from common.checks import check_master, check_world
 from common.command_line import parse_config
 from common.config import ELASTIC_FLAGS, TrainConfig
@@ -89,10 +89,10 @@ def main() -> int:
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
             launch.rdzv_backend, launch.run_id = "c10d", "launchlab"
             launch.local_addr = way_in(config.master_addr)  # else its name, which others may not know
-            launch.rdzv_endpoint = f"{config.master_addr}:{config.master_port or 29500}"
+            launch.rdzv_endpoint = meeting_place(config.master_addr, config.master_port or 29500)
             launch.rdzv_configs |= {"last_call_timeout": 2, "keep_alive_interval": 2, "keep_alive_max_attempt": 3}
             launch.rdzv_configs["join_timeout"] = math.ceil(config.patience(one_node=False))
-        return run_agent(launch, worker, config, method)
+        return run_agent(launch, worker, config, method, where=f"{config.master_addr}:{config.master_port or 29500}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import os
 import selectors
 import signal
 import socket
+import struct
 import sys
 import time
 from typing import Any
@@ -31,6 +32,7 @@ sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common.watch_link import Links, Peer
 from common.watched_process import WITHOUT_A_WORD, Member, how_it_ended
 
+START_S = 30.0  # for the rank that started us to connect, if it lives
 SETTLE_S = 0.3  # a dead rank's peers often report a broken connection before the kernel reports the death
 SETTLE_NODES_S = 0.6  # and before that has come here over the network
 TERM_S = 0.5  # then SIGTERM to whoever has not left
@@ -62,13 +64,22 @@ class _Watcher:
         self.waiting: list[Member] = []
         self.parents: set[int] = set()
         self.orphaned = False
+        self.patience = time.monotonic() + START_S
+        try:  # who began to listen: the rank that started us
+            starter = os.pidfd_open(struct.unpack("3i", listener.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+            self.selector.register(starter, selectors.EVENT_READ, lambda: self._starter_ended(starter))
+        except OSError:
+            self.patience = time.monotonic() + 1
+
+    def _starter_ended(self, fd: int) -> None:
+        self.selector.unregister(fd)
+        self.patience = time.monotonic() + 1  # others may be about to connect
 
     def run(self) -> None:
         """Until every rank that came has left."""
-        patience = time.monotonic() + 30  # in case whoever started us died before it connected
         while (
             any(m.alive for m in self.members)
-            or (not self.members and time.monotonic() < patience)
+            or (not self.members and time.monotonic() < self.patience)
             or (self.failures and not self.told)
         ):
             for key, _ in self.selector.select(0.05 if self.failed_at else 1.0):

@@ -240,6 +240,27 @@ def test_ranks_that_are_gone_before_the_watcher_is_up_are_not_forgotten(begin, c
 
 
 @linux
+def test_a_watcher_whose_rank_died_before_it_connected_leaves(tmp_path):
+    """The rank is killed between starting the watcher and its first word, as a launcher may that ends all."""
+    key = uuid.uuid4().hex
+    code = f"""
+import os, socket, subprocess, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("\\0" + {key_address(key)[1:]!r})
+listener.listen()
+subprocess.Popen([sys.executable, "-I", "-S", {reporter.PROGRAM!r}, str(listener.fileno())], pass_fds=[listener.fileno()],
+                 stdout=-3, start_new_session=True)
+os._exit(0)
+"""
+    rank = start([sys.executable, "-I", "-S", "-c", code])
+    try:
+        assert rank.wait(10) == 0
+        assert until(lambda: not watchers(key))
+    finally:
+        end_group(rank)
+
+
+@linux
 def test_a_rank_whose_watcher_is_gone_goes_on_and_knows():
     """Nobody listens: telling does no harm, and a failed rank learns that it must speak for itself."""
     mine, other = socket.socketpair()

@@ -123,6 +123,34 @@ def test_containers_on_the_machine_s_own_network_are_one_node(engine, free_port)
     assert "2 ranks on 1 node" in ended[1].out
 
 
+def test_containers_on_two_machines_use_the_machines_network(engine):
+    """Hosts of a virtual cluster, each with a podman of its own: gloo's ports are the kernel's choice, so --network host."""
+    script = ["#!/bin/sh", 'case "$1" in']
+    for number in (0, 1):
+        (engine.folder / f"host{number}").mkdir()
+        folders = engine.folder / f"host{number}", engine.folder / "storage" / f"host{number}"
+        variables = engines.settings(*folders, others=engine.folder / "storage")
+        script.append(f"{number}) mkdir {folders[1]}; export {' '.join(f'{n}={v}' for n, v in variables.items())};;")
+    group = "-e RANK=$1 -e MASTER_ADDR=$2 -e WORLD_SIZE=2 -e MASTER_PORT=29500"
+    script += ["esac", f"exec podman run --rm --no-healthcheck --network host {group} {engines.IMAGE} {' '.join(SMALL)}"]
+    (engine.folder / "train.sh").write_text("\n".join(script))
+    cluster = [
+        "python",
+        "-m",
+        "common.virtual_cluster",
+        "--nodes",
+        "2",
+        "--",
+        "sh",
+        engine.folder / "train.sh",
+        "{rank}",
+        "{master}",
+    ]
+    ended = Run(engine.inside(*cluster)).finish()
+    assert ended.status == 0, ended
+    assert "Launcher plain: 2 ranks on 2 nodes" in ended.out and "Epoch [2/2]" in ended.out, ended
+
+
 def test_stop_ends_a_container_at_once_and_its_peer_says_so(engine):
     ranks = [rank(engine, number, *LONG) for number in (0, 1)]
     ranks[0].until(lambda: "Epoch [1/" in ranks[0].out, "the first epoch")

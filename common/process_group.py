@@ -21,7 +21,7 @@ from common import names, now
 from common.cgroup import cpu_quota
 from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, share_of_cores, usable_cores
-from common.errors import RunError, UsageError
+from common.errors import RunError, UsageError, one_line
 from common.events import clock_id
 from common.ports import port_taken
 from common.rank import Rank, on_this_machine
@@ -29,6 +29,7 @@ from common.values import AS_SHIPPED
 
 # What may differ between nodes: files, and how each node was started.
 _PER_NODE = (*OUTPUTS, *START_FLAGS, "log_every", "log_all_ranks", "threads")
+OWN_NAME_S = 3.0  # that a container's network may take to know a name
 _CLOCK_TURNS = 12  # questions to rank 0's clock; the first only opens the way
 
 
@@ -173,9 +174,31 @@ def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
         time.sleep(0.02)
 
 
+def _lost_itself(rank: Rank, why: str) -> str:
+    return (
+        f"rank 0 does not reach itself at {rank.master_addr}:{rank.master_port} ({why}): MASTER_ADDR is to be this host's address, "
+        "as the others see it; containers need a network that gives names (docker run --network NAME --name ...), or --network host"
+    )
+
+
+def _check_own_name(rank: Rank, patience: float) -> None:
+    """Raises RunError where rank 0's MASTER_ADDR is no name here: the store would say so at length."""
+    until = time.monotonic() + min(patience, OWN_NAME_S)
+    while True:
+        try:
+            socket.getaddrinfo(rank.master_addr, rank.master_port)
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise RunError(_lost_itself(rank, error.strerror or str(error))) from None
+        time.sleep(0.1)
+
+
 def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
     serve = rank.rank == 0 and not rank.store_is_served
-    if not serve:
+    if serve:
+        _check_own_name(rank, patience)
+    else:
         _wait_for_listener(rank, until, patience)
     try:
         store: dist.Store = dist.TCPStore(
@@ -188,6 +211,8 @@ def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
     except dist.DistNetworkError as error:
         if serve and "EADDRINUSE" in str(error):
             raise port_taken(rank.master_port, "address already in use") from None
+        if serve:  # it listens, and does not get there
+            raise RunError(_lost_itself(rank, one_line(error, 120))) from None
         raise
     return dist.PrefixStore(f"launchlab/{rank.store_prefix}", store)
 

@@ -224,6 +224,12 @@ def test_a_command_that_is_not_there_and_a_wrong_flag_are_named(engine):
     assert ended.status == 2 and "error: --epochs 0: not allowed" in ended.err, ended
 
 
+def test_rank_0_on_a_network_without_names_is_told(engine):
+    ended = rank(engine, 0, *SMALL, options=["--network=podman"], MASTER_ADDR="rank-zero").finish()
+    assert ended.status == 1 and "rank 0 does not reach itself at rank-zero:29500" in ended.err, ended
+    assert "docker run --network NAME --name" in ended.err and "Traceback" not in ended.err
+
+
 def test_compose_trains_with_two_services(engine, out, tmp_path):
     shutil.copy(ROOT / "compose.yaml", tmp_path)
     wrapper = tmp_path / "podman"  # podman in this test's namespaces

@@ -15,13 +15,14 @@ from typing import Any
 import torch.distributed as dist
 
 from common.endings import watcher
-from common.errors import RunError, complain
+from common.errors import RunError, complain, one_line
 from common.interfaces import leads_back, own_address
 from common.ports import port_taken
 from common.rank import Rank
 
 SPEAK_S = (3.0, 15.0)  # until it is said who is waited for: nodes are often started by hand; ranks of one node start together
 AGAIN_S = 30.0
+OWN_NAME_S = 3.0  # that a container's network may take to know a name
 TRY_S = 5.0  # to connect to rank 0: three attempts of TCP's, whatever becomes of them
 _MOST_NAMED = 16
 
@@ -171,6 +172,26 @@ def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
         time.sleep(0.02)
 
 
+def _lost_itself(rank: Rank, why: str) -> str:
+    return (
+        f"rank 0 does not reach itself at {rank.master_addr}:{rank.master_port} ({why}): MASTER_ADDR is to be this host's address, "
+        "as the others see it; containers need a network that gives names (docker run --network NAME --name ...), or --network host"
+    )
+
+
+def _check_own_name(rank: Rank, patience: float) -> None:
+    """Raises RunError where rank 0's MASTER_ADDR is no name here: the store would say so at length."""
+    until = time.monotonic() + min(patience, OWN_NAME_S)
+    while True:
+        try:
+            socket.getaddrinfo(rank.master_addr, rank.master_port)
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise RunError(_lost_itself(rank, error.strerror or str(error))) from None
+        time.sleep(0.1)
+
+
 def open_store(rank: Rank, until: float, patience: float) -> dist.Store:
     """The store of ``rank``'s group, its keys apart from those of other starts; rank 0 serves it, unless an agent does.
 
@@ -184,7 +205,9 @@ def open_store(rank: Rank, until: float, patience: float) -> dist.Store:
         UsageError: the port is taken.
     """
     serve = bool(rank.serves_store) and not rank.store_is_served
-    if not serve:
+    if serve:
+        _check_own_name(rank, patience)
+    else:
         _wait_for_listener(rank, until, patience)
     try:
         store: dist.Store = dist.TCPStore(
@@ -197,5 +220,7 @@ def open_store(rank: Rank, until: float, patience: float) -> dist.Store:
     except dist.DistNetworkError as error:
         if serve and "EADDRINUSE" in str(error):
             raise port_taken(rank.master_port, "address already in use", or_free=rank.launcher != "slurm") from None
+        if serve:  # it listens, and does not get there
+            raise RunError(_lost_itself(rank, one_line(error, 120))) from None
         raise
     return dist.PrefixStore(f"launchlab/{rank.store_prefix}", store)

@@ -141,6 +141,15 @@ def test_a_process_on_its_own_forms_no_group():
         gradients.close()
 
 
+def test_rank_0_says_when_it_cannot_reach_itself():
+    """As in a container without the network on which its name is known."""
+    with (
+        PortReservation(0) as port,
+        pytest.raises(RunError, match=rf"rank 0 does not reach itself at no-such-host.invalid:{port} .*--network host"),
+    ):
+        announce(Rank("t", 0, 2, 0, 1, 0, "no-such-host.invalid", port), config("--timeout 2"))
+
+
 def test_cores_of_this_node_only():
     arrivals = [{"node_rank": node, "cores": [node]} for node in (0, 1, 1)]
     rank = Rank("t", 2, 3, 1, 2, 1, "h", 1)

@@ -27,8 +27,10 @@ SECONDS = 60  # for a command that does no more than ask
 
 STORAGE = """[storage]
 driver = "overlay"
-graphroot = "{folder}/storage/root"
+graphroot = "{storage}/root"
 runroot = "{folder}/run"
+[storage.options]
+additionalimagestores = [{others}]
 """
 # runc, because crun of Debian 12 fails where cgroups v1 and v2 are mixed. Not 10.88 and 10.89, which are podman's own.
 CONTAINERS = """[containers]
@@ -44,7 +46,7 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 lock_type = "file"
 tmp_dir = "{folder}/tmp"
-image_copy_tmp_dir = "{folder}/storage"
+image_copy_tmp_dir = "{storage}"
 """
 
 
@@ -56,20 +58,26 @@ def missing() -> str:
     return "" if os.getuid() == 0 else "podman is tested as root: a container with a network of its own needs it here"
 
 
+def settings(folder: Path, storage: Path, others: Path | None = None) -> dict[str, str]:
+    """The variables for a podman that keeps everything in these folders; ``others`` is a storage whose images it has too."""
+    (folder / "storage.conf").write_text(
+        STORAGE.format(folder=folder, storage=storage, others=f'"{others}/root"' if others else "")
+    )
+    (folder / "containers.conf").write_text(CONTAINERS.format(folder=folder, storage=storage))
+    return {
+        "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
+        "CONTAINERS_CONF": str(folder / "containers.conf"),
+        "TMPDIR": str(storage),
+        "XDG_RUNTIME_DIR": str(folder),
+    }
+
+
 class Podman:
     """podman with everything of its own in ``folder``."""
 
     def __init__(self, folder: Path, holder: int) -> None:
         self.folder, self.holder = folder, holder
-        (folder / "storage.conf").write_text(STORAGE.format(folder=folder))
-        (folder / "containers.conf").write_text(CONTAINERS.format(folder=folder))
-        (folder / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-        self.env = {
-            "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
-            "CONTAINERS_CONF": str(folder / "containers.conf"),
-            "TMPDIR": str(folder / "storage"),
-            "XDG_RUNTIME_DIR": str(folder),
-        }
+        self.env = settings(folder, folder / "storage")
 
     def words(self, *arguments: object, network: bool = True) -> list[str]:
         """The command line of ``podman ARGUMENTS``; without ``network`` it has the machine's own."""

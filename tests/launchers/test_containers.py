@@ -123,6 +123,34 @@ def test_containers_on_the_machine_s_own_network_are_one_node(engine, free_port)
     assert "2 ranks on 1 node" in ended[1].out
 
 
+def test_containers_on_two_machines_use_the_machines_network(engine):
+    """Hosts of a virtual cluster, each with a podman of its own: gloo's ports are the kernel's choice, so --network host."""
+    script = ["#!/bin/sh", 'case "$1" in']
+    for number in (0, 1):
+        (engine.folder / f"host{number}").mkdir()
+        folders = engine.folder / f"host{number}", engine.folder / "storage" / f"host{number}"
+        variables = engines.settings(*folders, others=engine.folder / "storage")
+        script.append(f"{number}) mkdir {folders[1]}; export {' '.join(f'{n}={v}' for n, v in variables.items())};;")
+    group = "-e RANK=$1 -e MASTER_ADDR=$2 -e WORLD_SIZE=2 -e MASTER_PORT=29500"
+    script += ["esac", f"exec podman run --rm --no-healthcheck --network host {group} {engines.IMAGE} {' '.join(SMALL)}"]
+    (engine.folder / "train.sh").write_text("\n".join(script))
+    cluster = [
+        "python",
+        "-m",
+        "common.virtual_cluster",
+        "--nodes",
+        "2",
+        "--",
+        "sh",
+        engine.folder / "train.sh",
+        "{rank}",
+        "{master}",
+    ]
+    ended = Run(engine.inside(*cluster)).finish()
+    assert ended.status == 0, ended
+    assert "Launcher plain: 2 ranks on 2 nodes" in ended.out and "Epoch [2/2]" in ended.out, ended
+
+
 def test_stop_ends_a_container_at_once_and_its_peer_says_so(engine):
     ranks = [rank(engine, number, *LONG) for number in (0, 1)]
     ranks[0].until(lambda: "Epoch [1/" in ranks[0].out, "the first epoch")
@@ -194,6 +222,12 @@ def test_a_command_that_is_not_there_and_a_wrong_flag_are_named(engine):
     assert ended.status == 127 and ended.err.strip().splitlines()[-1].startswith("error: no-such-command: no such command in this")
     ended = run(engine, "--epochs", "0").finish()
     assert ended.status == 2 and "error: --epochs 0: not allowed" in ended.err, ended
+
+
+def test_rank_0_on_a_network_without_names_is_told(engine):
+    ended = rank(engine, 0, *SMALL, options=["--network=podman"], MASTER_ADDR="rank-zero").finish()
+    assert ended.status == 1 and "rank 0 does not reach itself at rank-zero:29500" in ended.err, ended
+    assert "docker run --network NAME --name" in ended.err and "Traceback" not in ended.err
 
 
 def test_compose_trains_with_two_services(engine, out, tmp_path):

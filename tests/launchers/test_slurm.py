@@ -317,7 +317,7 @@ def test_inspect(hosts, tmp_path):
 @pytest.mark.parametrize("flags, threads", [(("--cpus-per-task=2",), 2), ((), 1)], ids=str)
 def test_threads_as_granted(hosts, tmp_path, flags, threads):
     """SLURM binds no task to its cores here: all cores of the host are to be seen, and only some are for us."""
-    ended = on(hosts, "srun", "-N2", "-n2", *flags, *SLURM_PY, "--inspect", "--result", tmp_path / "r.json")
+    ended = on(hosts, "srun", "-N1", "-n1", *flags, *SLURM_PY, "--inspect", "--result", tmp_path / "r.json")
     assert ended.status == 0, ended
     ranks = json.loads((tmp_path / "r.json").read_text())["ranks"]
     assert [r["threads_in_training"] for r in ranks] == [min(threads, len(r["cores"])) for r in ranks]

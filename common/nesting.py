@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.errors import UsageError
 from common.events import command_line_of, parent_of, what_launches
+from common.nesting_srun import under_srun
 
 _MPIRUNS = ("mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "prterun", "prted", "prte", "orterun", "orted")
 _SRUNS = ("srun", "slurmstepd")
@@ -206,6 +207,7 @@ def check_nesting(launcher: str, environment: Mapping[str, str], nodes: int = 1)
     above = launchers_above()
     refuse(*under_torchrun(launcher, environment, above))
     refuse(*under_mpirun(launcher, environment, above, nodes))
+    refuse(*under_srun(launcher, environment, nodes))
     if launcher == "spawn" and (given := [f"{n}={environment[n]}" for n in ("RANK", "WORLD_SIZE") if environment.get(n)]):
         raise UsageError(
             f"{' '.join(given)} in the environment: spawn.py numbers its ranks itself; unset RANK WORLD_SIZE, or use plain.py"
@@ -216,6 +218,7 @@ def check_mpirun(vendor: str, size: int | None, environment: Mapping[str, str]) 
     """Refuses an mpirun of another MPI, and torchrun's ranks; see ``foreign_mpirun`` and ``check_nesting``."""
     above = launchers_above()
     refuse(*under_torchrun("mpi", environment, above))
+    refuse(*under_srun("mpi", environment, alone=size == 1))
     refuse(*foreign_mpirun(vendor, size, environment, above))
 
 

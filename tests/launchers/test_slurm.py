@@ -280,22 +280,34 @@ def test_a_launcher_that_each_task_starts(hosts):
     assert "error: slurm.py under torchrun, which srun started: all of its ranks would take the number" in ended.err, ended
 
 
-PROBE = "import os, sys; from common.nesting_srun import under_srun; print(under_srun(sys.argv[1], os.environ)[0])"
+NESTED = {
+    "spawn": ("python", f"{ROOT}/launchers/spawn.py", "--nproc_per_node", "2"),
+    "elastic": ("python", f"{ROOT}/launchers/elastic.py", "--nproc_per_node", "2"),
+    "plain": ("python", f"{ROOT}/launchers/plain.py"),
+    "torchrun": ("torchrun", "--standalone", "--nproc_per_node=1", f"{ROOT}/launchers/torchrun.py"),
+}
 
 
+@pytest.mark.parametrize("launcher", NESTED)
 @pytest.mark.parametrize(
-    "flags, said",
+    ("flags", "said"),
     [
-        (("-N2", "-n4"), "srun started spawn.py 4 times, several of them on one node"),
-        (("-N2", "-n2"), "srun started spawn.py on 2 nodes, and each was told of one node only"),
-        (("-n1",), ""),
+        (("-N2", "-n4"), "error: srun started {} 4 times, several of them on one node"),
+        (("-N2", "-n2"), "error: srun started {} on 2 nodes, and each was told of one node only"),
     ],
+    ids=("on one node", "one a node"),
 )
-def test_the_variables_that_tell_of_nested_launchers_are_there(hosts, flags, said):
-    ended = on(hosts, "srun", *flags, "python", "-c", PROBE, "spawn")
-    rows = ended.out.splitlines()
-    assert ended.status == 0 and len(set(rows)) == 1, ended
-    assert rows[0].startswith(said) and bool(rows[0]) == bool(said), ended
+def test_launchers_that_each_task_starts_are_noticed(hosts, launcher, flags, said):
+    ended = on(hosts, "srun", *flags, *NESTED[launcher], *JOB)
+    assert ended.status != 0, ended
+    assert ended.err.count(said.format("torchrun" if launcher == "torchrun" else f"{launcher}.py")) == 1, ended
+    assert "Epoch" not in ended.out
+
+
+@pytest.mark.parametrize("launcher", NESTED)
+def test_a_launcher_that_srun_starts_once_trains(hosts, launcher):
+    ended = on(hosts, "srun", "-n1", *NESTED[launcher], *JOB)
+    assert ended.status == 0 and "Epoch" in ended.out, ended
 
 
 # ------------------------------------------------------------------------------------------------- what a person sees

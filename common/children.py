@@ -86,13 +86,14 @@ def to_blame(ended: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return next((each for each in failed if each[1] != -signal.SIGTERM), failed[0])
 
 
-def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[int] = ()) -> int:
+def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[int] = (), what: str = "rank") -> int:
     """Waits until all children have ended, ends the rest soon after the first failure, and tells of it.
 
     Args:
         children: by rank.
         name: the launcher, for its message.
         sentinels: file descriptors that become readable when a child ends, if there are any: it is noticed at once then.
+        what: a child is, for its message.
 
     Returns:
         The run's exit status (see ``overall``).
@@ -121,7 +122,7 @@ def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[i
     status = overall(list(ended.values()))
     if status == 1:
         rank, code = to_blame(list(ended.items()))
-        complain(f"{name}: rank {rank} ended first, with {in_words(code)}.")
+        complain(f"{name}: {what} {rank} ended first, with {in_words(code)}.")
     return status
 
 

@@ -160,7 +160,7 @@ class VirtualCluster:
         self._rate, self._delay = rate, delay
         if rate:
             bits_per_second(rate)
-        self._delay_s = _seconds(delay) if delay else 0.0
+        self.delay_s = _seconds(delay) if delay else 0.0
         self._wants = {"ssh": ssh, "slurm": slurm}
         self._holder: _Born | None = None
         self._hosts: dict[str, _Born] = {}
@@ -291,7 +291,7 @@ class VirtualCluster:
     def _slow_down(self) -> None:
         """A delay on what each host sends: netem (tc-netem(8)), or the relay in the bridge's place."""
         assert self._holder
-        row = f"qdisc add dev eth0 root handle 1: netem delay {self._delay_s * 1e6:.0f}us limit 100000"
+        row = f"qdisc add dev eth0 root handle 1: netem delay {self.delay_s * 1e6:.0f}us limit 100000"
         first, *others = self._hosts.values()
         if not self._configure(first, "tc", [row]):
             self._netem = True
@@ -302,7 +302,7 @@ class VirtualCluster:
         self._must(self._holder, "ip", [f"link set {port} nomaster" for port in ports])
         relay = [sys.executable, "-I", "-S", str(Path(virtual_host.__file__).with_name("virtual_relay.py"))]
         # In the holder's processes too: it ends with them.
-        words = self._enter(self._holder, ("net", "pid"), [*relay, str(self._delay_s), *ports])
+        words = self._enter(self._holder, ("net", "pid"), [*relay, str(self.delay_s), *ports])
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )

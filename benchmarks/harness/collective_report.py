@@ -74,10 +74,10 @@ class Row:
         return told | {"algorithm_gb_per_s": bandwidth, "bus_gb_per_s": bandwidth * self.factor}
 
 
-def summarise(session: Session) -> list[Row]:
-    """A row a case, collective and size, in the order in which they were first measured."""
+def summarise(session: Session, role: str = "timed") -> list[Row]:
+    """A row a case, collective and size of the runs of ``role``, in the order in which they were first measured."""
     found: dict[tuple[Case, str, int], Row] = {}
-    for sample in sorted(session.of("timed"), key=_order):
+    for sample in sorted(session.of(role), key=_order):
         assert sample.result
         for each in sample.result["measured"]:
             key = (sample.job.case, each["collective"], each["size"])

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.console import Console
+
 from benchmarks.harness.cases import shown
 from benchmarks.harness.runner import REPOSITORY
 from common.errors import RunError, UsageError
@@ -146,6 +148,17 @@ class Hosts:
         delay = ["--delay", self.delay] if self.delay else []
         head = ["python", "-m", "common.virtual_cluster", "--nodes", str(nodes), *rate, *delay, "--"]
         return shown([*head, *words])
+
+    def probe_all(self, rates: Sequence[str], console: Console) -> list[Probe]:
+        """Measures the link at each of ``rates``, and tells."""
+        found = []
+        for rate in rates:
+            found.append(probe := self.probe(rate))
+            trip = f"round trip {1e3 * probe.round_trip_s:.2f} ms"
+            console.print(f"Link {rate_text(rate)}: a plain socket gets {probe.measured_text}, {trip}", highlight=False)
+            if probe.complaint:
+                console.print(probe.complaint, style="yellow", highlight=False)
+        return found
 
     def probe(self, rate: str) -> Probe:
         """Measures the link between the first two hosts with plain sockets.

@@ -84,7 +84,8 @@ class NodeCase(Case):
     def name(self) -> str:
         """In a table or a message."""
         link = f", {rate_text(self.rate)}" if self.nodes > 1 else ""
-        return f"{self.title}, {self.nodes} node{'s' * (self.nodes > 1)}{link}, {self.way.title}"
+        launcher = f"{self.title}, " if self.launcher not in (LAUNCHERS[0], "plain") else ""
+        return f"{launcher}{self.nodes} node{'s' * (self.nodes > 1)}{link}, {self.way.title}"
 
 
 def command(case: NodeCase, flags: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.harness import machine, node_cases, node_plots, node_report, node_summary
-from benchmarks.harness.cluster import Probe, rate_text
+from benchmarks.harness.cluster import Probe
 from benchmarks.harness.node_comparison import NodeComparison
 from benchmarks.harness.session import Session
 from common.files import write_json
@@ -66,12 +66,7 @@ def compare_nodes(argv: list[str], description: str) -> int:
             f"{len(untimed) + len(timed)} runs on up to {max(asked.nodes)} hosts of a virtual cluster, {caption}", highlight=False
         )
         try:
-            for rate in asked.rates:
-                probes.append(hosts.probe(rate))
-                trip = f"round trip {1e3 * probes[-1].round_trip_s:.2f} ms"
-                console.print(f"Link {rate_text(rate)}: measured {probes[-1].measured_text}, {trip}", highlight=False)
-                if probes[-1].complaint:
-                    console.print(probes[-1].complaint, style="yellow", highlight=False)
+            probes += hosts.probe_all(asked.rates, console)
             session.carry_out(untimed)
             session.carry_out(timed)
         except KeyboardInterrupt:

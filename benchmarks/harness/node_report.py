@@ -29,8 +29,8 @@ def show(console: Console, found: Found, cores: int, threads: int) -> None:
 
     s = "s" * (threads > 1)
     made = table(
-        "Links: what a plain socket gets, and t = α + n/β of one step of a ring all-reduce",
-        "asked for", "measured", "round trip ms", "α µs", "β MB/s", "median error of the fit",
+        "Links: what a plain socket gets; a step of a ring all-reduce takes α + n/β",
+        "asked for", "measured", "round trip ms", "α µs", "β MB/s", "fit off by (median)",
     )  # fmt: skip
     for probe in found.probes:
         link = found.links.get(probe.rate)
@@ -61,8 +61,8 @@ def show(console: Console, found: Found, cores: int, threads: int) -> None:
     console.print()
     if any(row.oversubscribed for row in found.rows):
         say(
-            f"{OVERSUBSCRIBED} more ranks × threads than the {cores} cores here: the hosts share them, so what is measured there is "
-            "not what as many machines would reach. The prediction is: it gives each rank cores of its own."
+            f"{OVERSUBSCRIBED} more ranks × threads than the {cores} cores here: the hosts share them, so what is measured there "
+            "is not what as many machines would reach. The prediction is: it gives each rank cores of its own."
         )
     if parts := {row.case.way.passes for row in found.rows if row.case.way.passes > 1}:
         for k in sorted(parts):
@@ -139,8 +139,8 @@ def verdicts(console: Console, session: Session, found: Found) -> bool:
         worst = max(r.parity.fp64 for r in judged if r.parity.fp64 is not None)
         nodes = sorted({r.case.nodes for r in judged})
         console.print(
-            f"Same loss: on {' and '.join(map(str, nodes))} nodes all {len(judged)} lossless cases agree with one process (float64, "
-            f"worst relative difference {worst:.0e}).",
+            f"Same loss: on {' and '.join(map(str, nodes))} nodes all {len(judged)} lossless cases agree with one process "
+            f"(float64, worst relative difference {worst:.0e}).",
             highlight=False,
         )
     if losses := [r.lost for r in found.rows if r.lost]:

@@ -12,7 +12,7 @@ from benchmarks.harness.cases import Case
 from benchmarks.harness.cluster import Probe, rate_text
 from benchmarks.harness.links import FEWEST_SIZES, Link
 from benchmarks.harness.lossy import Lost, lost
-from benchmarks.harness.node_cases import LINK, NodeCase
+from benchmarks.harness.node_cases import LINK, PLAIN, NodeCase
 from benchmarks.harness.parity import Parity, judge
 from benchmarks.harness.prediction import ASSUMPTIONS, Model, gradient_bytes, steps_of_one
 from benchmarks.harness.session import Session
@@ -85,15 +85,26 @@ class Found:
     """By the title of a way: its step, on as many ranks as it was last measured with."""
 
     def of(self, rate: str, title: str, launcher: str) -> list[Row]:
-        """The rows of a way and launcher over links of ``rate``, by nodes; on one host there is none."""
-        mine = [r for r in self.rows if r.case.way.title == title]
+        """The rows of a way and launcher over links of ``rate``, by nodes; on one host there is none.
+
+        One rank sends nothing, so compressing begins where plain ddp does.
+        """
+        most = max(r.case.world_size for r in self.rows if r.case.nodes == 1)
+        begins = PLAIN if most == 1 and title.startswith("--compress") else title
+        mine = [r for r in self.rows if r.case.way.title == (begins if r.case.nodes == 1 else title)]
+        mine = [r for r in mine if r.case.nodes > 1 or r.case.world_size == most]
         return [r for r in mine if (r.case.nodes == 1 and r.case.launcher in (launcher, "plain")) or
                 (r.case.rate, r.case.launcher) == (rate, launcher)]  # fmt: skip
 
     def same_at_every_rate(self) -> dict[str, bool]:
-        """{launcher, nodes and way: whether the parameters at the end are the same to the bit at all rates}; of several rates."""
+        """{launcher, nodes and way: whether the parameters at the end are the same to the bit at all rates}; of several rates.
+
+        PowerSGD's differ in the last bits from one run to the next, whatever the link.
+        """
         found = {}
         for case in dict.fromkeys(replace(r.case, rate="") for r in self.rows if r.case.nodes > 1):
+            if case.way.compress == "powersgd":
+                continue
             mine = [r.parameters for r in self.rows if replace(r.case, rate="") == case]
             if len(mine) > 1:
                 found[f"{case.title}, {case.nodes} nodes, {case.way.title}"] = len(set(mine)) == 1 and None not in mine
@@ -131,8 +142,9 @@ def summarise(
     steps = steps_of_one(session, one.threads)
     compute = links.fit([s.samples for s in steps], [s.seconds.median for s in steps]) if len(steps) >= FEWEST_SIZES else None
     rows, models = [], {}
-    for case in cases:
-        timed, first = session.of("timed", case), first_result(session.of("timed", case))
+    for case in [NodeCase("plain", 1, one.threads), *cases]:  # the first is what all is measured against
+        timed = session.of("timed", case if case in cases else one)
+        first = first_result(timed)
         rate, seconds = spread([s.value(RATE) for s in timed]), spread([s.value(STEP) for s in timed])
         speedup = paired_ratio(by_repeat(timed, RATE), alone)
         if not first or not rate or not seconds or not speedup:

@@ -29,7 +29,7 @@ def show(console: Console, found: Found, cores: int, threads: int) -> None:
 
     s = "s" * (threads > 1)
     made = table(
-        "Links: what a plain socket gets; a step of a ring all-reduce takes α + n/β",
+        "Links: what a plain socket gets; α + n/β of a ring's step",
         "asked for", "measured", "round trip ms", "α µs", "β MB/s", "fit off by (median)",
     )  # fmt: skip
     for probe in found.probes:
@@ -116,10 +116,10 @@ def sentences(found: Found) -> list[str]:
             own = 1e3 * model.compute_seconds(plain.case.world_size)
             words.append(f"by α and β an all-reduce of the gradients takes {reduce_ms:.3g} ms, computing a step {own:.3g} ms;")
         if plain:
-            words.append(f"plain ddp is {plain.speedup.median:.2f} times as fast as one rank,")
-        best = there[0]
-        words.append(f"fastest is {best.case.way.title} ({best.speedup.median:.2f} times).")
-        told.append(" ".join(words))
+            words.append(f"plain ddp is {plain.speedup.median:.2f} times as fast as one rank;")
+        if len(there) > 1:
+            words.append(f"fastest is {there[0].case.way.title} ({there[0].speedup.median:.2f} times).")
+        told.append(" ".join(words).rstrip(":;") + "." * (words[-1][-1] in ":;"))
     for shares, where in ((False, "where each rank has cores of its own"), (True, "where ranks share cores")):
         if how := off([r for r in found.rows if r.oversubscribed == shares]):
             told.append(
@@ -139,8 +139,8 @@ def verdicts(console: Console, session: Session, found: Found) -> bool:
         worst = max(r.parity.fp64 for r in judged if r.parity.fp64 is not None)
         nodes = sorted({r.case.nodes for r in judged})
         console.print(
-            f"Same loss: on {' and '.join(map(str, nodes))} nodes all {len(judged)} lossless cases agree with one process "
-            f"(float64, worst relative difference {worst:.0e}).",
+            f"Same loss: what loses nothing agrees with one process, on {' and '.join(map(str, nodes))} nodes "
+            f"({len(judged)} cases, float64, worst relative difference {worst:.0e}).",
             highlight=False,
         )
     if losses := [r.lost for r in found.rows if r.lost]:

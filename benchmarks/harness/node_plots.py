@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from benchmarks.harness.cluster import rate_text
 from benchmarks.harness.node_summary import Found, Row, predicted_speedup
 from benchmarks.harness.plots import both, plain_seconds, with_range
 from benchmarks.harness.statistics import Spread
 from common.plots import COLOURS, figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 BEYOND = 4  # predictions go to so many times the most nodes that were measured
 SHARED = "0.93"
@@ -93,7 +90,7 @@ def _note(found: Found) -> str:
     )
 
 
-def _points(axes: Axes, points: list[tuple[Row, Spread]], number: int, shift: float, label: str | None) -> None:
+def _points(axes: Any, points: list[tuple[Row, Spread]], number: int, shift: float, label: str | None) -> None:
     """Medians with ranges, joined by a thin line; hollow where cores are shared."""
     ours = [(r.case.nodes * shift, s) for r, s in points if not r.oversubscribed]
     shared = [(r.case.nodes * shift, s) for r, s in points if r.oversubscribed]

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.launch
 COMPARE = [sys.executable, str(REPOSITORY / "benchmarks" / "compare.py"), "--repeats", "1"]
 COLLECTIVES = [sys.executable, str(REPOSITORY / "benchmarks" / "collectives.py"), "--repeats", "1"]
 ON_HOSTS = [sys.executable, str(REPOSITORY / "benchmarks" / "on_hosts.py")]
+RATE = "50mbit"
 SMALL = ["--job", "random", "--data_size", "300", "--no_prediction", "--no_parity"]
 
 
@@ -24,7 +27,8 @@ SMALL = ["--job", "random", "--data_size", "300", "--no_prediction", "--no_parit
 def comparison(tmp_path_factory):
     """One comparison over two links: (what was printed, the folder, nodes.json)."""
     folder = tmp_path_factory.mktemp("nodes")
-    flags = ["--nodes", "1", "2", "--rate", "unlimited", "100mbit", "--ways", "ddp", "fp16", "accumulate:2", "--threads", "1"]
+    flags = ["--nodes", "1", "2", "--rate", "unlimited", RATE, "--ways", "ddp", "fp16", "accumulate:2", "--threads", "1"]
+    flags += ["--global_batch_size", "240"]  # few steps, so that a slow link takes little time
     outcome = run([*COMPARE, *flags, "--time_limit", "300", "--output", str(folder)], 900)
     assert outcome.ok and not outcome.stderr, outcome.tail(40)
     return outcome.stdout, folder, json.loads((folder / "nodes.json").read_text())
@@ -37,7 +41,7 @@ def test_files(comparison):
     assert written["settings"]["threads_per_rank"] == 1 and written["settings"]["nodes"] == [1, 2]
     assert {(r["nodes"], r["rate"], r["way"]) for r in written["summary"]} == {
         (1, None, "ddp"), (1, None, "--accumulate 2"),
-        *((2, rate, way) for rate in ("unlimited", "100mbit") for way in ("ddp", "--compress fp16", "--accumulate 2")),
+        *((2, rate, way) for rate in ("unlimited", RATE) for way in ("ddp", "--compress fp16", "--accumulate 2")),
     }  # fmt: skip
     several = [s["result"] for s in written["samples"] if s["nodes"] == 2]
     assert len(several) == 8 and all(r["hosts"] == ["node1", "node2"] for r in several), "ranks were on two hosts"
@@ -45,39 +49,39 @@ def test_files(comparison):
     with Image.open(folder / "nodes.png") as picture:
         assert picture.width > 1000
     assert (folder / "nodes.svg").stat().st_size > 5000
-    typed = next(s["command"] for s in written["samples"] if s["rate"] == "100mbit" and s["role"] == "timed")
-    assert typed.startswith("python -m common.virtual_cluster --nodes 2 --rate 100mbit -- python launchers/spawn.py --nnodes 2")
+    typed = next(s["command"] for s in written["samples"] if s["rate"] == RATE and s["role"] == "timed")
+    assert typed.startswith("python -m common.virtual_cluster --nodes 2 --rate 50mbit -- python launchers/spawn.py --nnodes 2")
     assert "Written to" in out and "nodes.json, nodes.png, nodes.svg" in out
 
 
 def test_links_are_measured_and_decide(comparison):
     out, _, written = comparison
     free, slow = written["links"]
-    assert (free["rate"], slow["rate"]) == ("unlimited", "100mbit")
-    assert 50e6 < slow["measured_bits_per_s"] < 103e6 and free["measured_bits_per_s"] > 3 * slow["measured_bits_per_s"]
+    assert (free["rate"], slow["rate"]) == ("unlimited", RATE)
+    assert 25e6 < slow["measured_bits_per_s"] < 52e6 and free["measured_bits_per_s"] > 3 * slow["measured_bits_per_s"]
     assert 0 < slow["round_trip_seconds"] < 0.05
     rows = {(r["nodes"], r["rate"], r["way"]): r for r in written["summary"]}
 
     def step(rate, way):
         return rows[2, rate, way]["step_seconds"]["median"]
 
-    assert step("100mbit", "ddp") > 2 * step("unlimited", "ddp"), "1.7 MB take 135 ms at 100 Mbit/s"
-    assert step("100mbit", "ddp") > 0.13, "the link cannot carry it in less"
-    assert step("100mbit", "--compress fp16") < 0.8 * step("100mbit", "ddp")
-    accumulated = rows[2, "100mbit", "--accumulate 2"]["samples_per_second"]["median"]
-    assert accumulated > 1.2 * rows[2, "100mbit", "ddp"]["samples_per_second"]["median"], "half as many all-reduces a sample"
+    assert step(RATE, "ddp") > 2 * step("unlimited", "ddp"), "1.7 MB take 270 ms at 50 Mbit/s"
+    assert step(RATE, "ddp") > 0.25, "the link cannot carry it in less"
+    assert step(RATE, "--compress fp16") < 0.8 * step(RATE, "ddp")
+    accumulated = rows[2, RATE, "--accumulate 2"]["samples_per_second"]["median"]
+    assert accumulated > 1.1 * rows[2, RATE, "ddp"]["samples_per_second"]["median"], "half as many all-reduces a sample"
     assert rows[1, None, "ddp"]["speedup"]["median"] == 1.0
 
 
 def test_the_prediction_stands_beside(comparison):
     out, _, written = comparison
     links = {link["rate"]: link for link in written["prediction"]["links"]}
-    # A step of a ring over two ranks moves half: 12.5 MB/s of the link, less what headers take.
-    assert 5e-3 < links["100mbit"]["step_beta_gb_per_s"] < 20e-3 and links["unlimited"]["step_beta_gb_per_s"] > 0.03
+    # 6.25 MB/s of the link, less what headers take.
+    assert 3e-3 < links[RATE]["step_beta_gb_per_s"] < 10e-3 and links["unlimited"]["step_beta_gb_per_s"] > 0.03
     rows = [r for r in written["summary"] if r["nodes"] == 2]
     assert all(r["predicted_speedup"] > 0 for r in rows)
     predicted = {(r["rate"], r["way"]): r["predicted_speedup"] for r in rows}
-    assert predicted["100mbit", "ddp"] < predicted["100mbit", "--compress fp16"] < predicted["unlimited", "ddp"] * 1.05
+    assert predicted[RATE, "ddp"] < predicted[RATE, "--compress fp16"] < predicted["unlimited", "ddp"] * 1.05
     assert "predicted / measured" in out and "Predictions are off by" in out and "It assumes that" in out
 
 
@@ -153,21 +157,30 @@ def test_one_failing_host_ends_the_others():
     assert time.monotonic() - began < 20
 
 
+def _commands(folder):
+    """{process id: command line} of all that inherited this test's mark, on whatever host."""
+    found = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("LAUNCHLAB_TEST") == str(folder):
+                found[process.pid] = " ".join(process.cmdline())
+    return found
+
+
 def test_ctrl_c_leaves_no_host_and_keeps_what_was_measured(tmp_path):
     flags = ["--nodes", "2", "--rate", "1mbit", "--ways", "ddp", "--no_prediction", "--no_parity", "--threads", "1"]
-    process = Running([*COMPARE, *flags, "--output", str(tmp_path)], 200)
+    process = Running([*COMPARE, *flags, "--output", str(tmp_path)], 200, {"LAUNCHLAB_TEST": str(tmp_path)})
     try:
         # The first run, of one rank, is over; the second takes minutes over such a link.
         until = time.monotonic() + 120
-        while not any("--nnodes" in " ".join(p.cmdline()) for p in process.members()) and time.monotonic() < until:
+        while not any("--nnodes" in words for words in _commands(tmp_path).values()) and time.monotonic() < until:
             time.sleep(0.1)
         time.sleep(1.0)
-        compare = next(p for p in process.members() if "compare.py" in " ".join(p.cmdline()))
-        os.kill(compare.pid, signal.SIGINT)
+        os.kill(next(pid for pid, words in _commands(tmp_path).items() if "compare.py" in words), signal.SIGINT)
         began = time.monotonic()
-        while process.members() and time.monotonic() < began + 30:
+        while _commands(tmp_path) and time.monotonic() < began + 30:
             time.sleep(0.1)
-        assert not process.members(), "all of it ends by itself"
+        assert not _commands(tmp_path), "all of it ends by itself"
         outcome = process.wait()
     finally:
         process.kill()

@@ -80,7 +80,7 @@ def overall(statuses: Sequence[int]) -> int:
     return 1
 
 
-def to_blame(ended: Sequence[tuple[int, int]]) -> str:
+def to_blame(ended: Sequence[tuple[int, int]], what: str = "rank") -> str:
     """Which of (rank, status), in the order of ending, failed first without having told of it; "" if nobody did.
 
     Status 1 is how a rank leaves that has told of its failure, and SIGTERM how the watcher asks the others to.
@@ -88,19 +88,20 @@ def to_blame(ended: Sequence[tuple[int, int]]) -> str:
     failed = [(rank, status) for rank, status in ended if status]
     if untold := [each for each in failed if each[1] not in (1, -signal.SIGTERM)]:
         rank, status = untold[0]
-        return f"rank {rank} ended first, with {in_words(status)}."
+        return f"{what} {rank} ended first, with {in_words(status)}."
     if all(status == -signal.SIGTERM for _, status in failed):
-        return f"{'all ranks' if len(failed) > 1 else 'the rank'} here ended with SIGTERM."
+        return f"{f'all {what}s' if len(failed) > 1 else f'the {what}'} here ended with SIGTERM."
     return ""
 
 
-def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[int] = ()) -> int:
+def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[int] = (), what: str = "rank") -> int:
     """Waits until all children have ended, ends the rest soon after the first failure, and tells of it.
 
     Args:
         children: by rank.
         name: the launcher, for its message.
         sentinels: file descriptors that become readable when a child ends, if there are any: it is noticed at once then.
+        what: a child is, for its message.
 
     Returns:
         The run's exit status (see ``overall``).
@@ -127,7 +128,7 @@ def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[i
         end(children, signal.SIGINT)
         return 130
     status = overall(list(ended.values()))
-    if status == 1 and (blame := to_blame(list(ended.items()))):
+    if status == 1 and (blame := to_blame(list(ended.items()), what)):
         complain(f"{name}: {blame}")
     return status
 

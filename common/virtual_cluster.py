@@ -127,7 +127,7 @@ class VirtualCluster:
         """
         self.names = _names(nodes, names)
         self.addresses = {name: f"{NETWORK}{k}" for k, name in enumerate(self.names, 1)}
-        self._rate, self._delay_s = rate, seconds(delay) if delay else 0.0
+        self._rate, self.delay_s = rate, seconds(delay) if delay else 0.0
         if rate:
             bits_per_second(rate)
         self._wants = {"ssh": ssh, "slurm": slurm}
@@ -179,7 +179,7 @@ class VirtualCluster:
             self._spaces.append(self._hosts[name])
             # Commands get the cores of the host that they are started on: so training takes its share of threads.
             os.sched_setaffinity(self._hosts[name].pid, self.cores[name])
-        self._network = Network(self._holder, self._hosts, self._delay_s)
+        self._network = Network(self._holder, self._hosts, self.delay_s)
         if self._network.relay:
             self._spaces.append(self._network.relay)
         self.set_rate(self._rate)

@@ -16,7 +16,8 @@ from rich.console import Console
 from benchmarks.harness.cases import shown
 from benchmarks.harness.runner import REPOSITORY
 from common.errors import RunError, UsageError
-from common.virtual_cluster import VirtualCluster, bits_per_second, missing
+from common.virtual_cluster import VirtualCluster, missing
+from common.virtual_network import bits_per_second
 
 UNLIMITED = "unlimited"
 MASTER_PORT = 29500  # each host has ports of its own

@@ -22,12 +22,12 @@ GAP = 2  # blanks between the columns of a table
 
 
 class Console:
-    """Prints for one rank: each node's first rank speaks (srun's: rank 0), the others are silent unless ``--log_all_ranks``."""
+    """Prints for one rank: each node's first rank speaks (where all nodes share a terminal, rank 0), the others are silent unless ``--log_all_ranks``."""
 
     def __init__(self, config: TrainConfig, rank: Rank) -> None:
         """Speaks for ``rank``."""
         self.config, self.rank = config, rank
-        first = rank.rank if rank.launcher == "slurm" else rank.local_rank  # srun shows all nodes' output in one place
+        first = rank.rank if rank.one_terminal else rank.local_rank
         self.speaks = first == 0 or config.log_all_ranks
         self.prefix = f"[Rank {rank.rank}] " if config.log_all_ranks else ""
 

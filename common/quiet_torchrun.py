@@ -6,6 +6,7 @@ node. The status is 2 where the ranks refused their flags, which torchrun turns 
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def main() -> int:
         ends = [(rank, f.exitcode) for rank, f in sorted(failed.failures.items(), key=lambda item: item[1].timestamp)]
         if 2 in dict(ends).values():
             return 2
-        if blame := to_blame(ends):
+        asked = all(status == -signal.SIGTERM for _, status in ends)  # by the watcher, which has said why
+        if not asked and (blame := to_blame(ends)):
             complain(f"torchrun: {blame}")
         return 1
     except (RendezvousError, DistError, TimeoutError) as error:

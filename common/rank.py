@@ -47,6 +47,8 @@ class Rank:
     """multiprocessing's, where it started this process: spawn, forkserver or fork."""
     cpus: int | None = None
     """How many the launcher has granted this rank where it need not bind it to them (SLURM); None: all that it may run on."""
+    one_terminal: bool = False
+    """Whether what ranks of all nodes print comes out in one place, as mpirun, srun and ssh.py have it: each thing is said once."""
     restart: int = 0
     """How often the launcher has started the group again after a failure."""
     known_at: float = field(default_factory=now, compare=False)

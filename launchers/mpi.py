@@ -52,7 +52,7 @@ def rank_from_mpi(comm: MPI.Intracomm, config: TrainConfig) -> tuple[Rank, PortR
             told = comm.bcast(probe and probe.told)
             address = reached_by_all(told, comm.allgather((socket.gethostname(), reached(told))))
     number = comm.bcast(port.port if port else 0)
-    return Rank("mpi", comm.rank, comm.size, local.rank, local.size, node_rank, address, number), port
+    return Rank("mpi", comm.rank, comm.size, local.rank, local.size, node_rank, address, number, one_terminal=True), port
 
 
 def together(comm: MPI.Intracomm, make: Callable[[], T]) -> T:

@@ -68,6 +68,7 @@ def rank_from_slurm(environment: Mapping[str, str], config: TrainConfig) -> Rank
         # Rank 0 may be on any node (--distribution=arbitrary), and only itself knows on which.
         serves_store=local_rank == 0 and here == (master if master in nodes else nodes[0]),
         store_prefix=f"{job}.{step}",
+        one_terminal=True,
         cpus=rank_number(environment, "SLURM_CPUS_PER_TASK", max(1, cpus_here)),
     )
 

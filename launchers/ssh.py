@@ -85,7 +85,8 @@ def start(flags: SshFlags, config: TrainConfig, training: Sequence[str], settled
                 line = shell_line([flags.place.python, "-m", "torch.distributed.run", *each], flags.place.folder, settled)
                 print(f"# node {node}, on {name}:\n({line})")
             return 0
-        tell = {"LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR")}  # torchrun's: or it explains OMP_NUM_THREADS on every host
+        # The first is torchrun's: or it explains OMP_NUM_THREADS on every host.
+        tell = {"LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR"), "LAUNCHLAB_ONE_TERMINAL": "1"}
         torchrun = [flags.place.python, f"{flags.place.root}/common/quiet_torchrun.py"]
         guard = [flags.place.python, "-I", "-S", f"{flags.place.root}/common/remote_guard.py", "--silence", f"{flags.lost_after:g}"]
         lines = [shell_line([*guard, *torchrun, *each], flags.place.folder, settled | tell) for each in words]

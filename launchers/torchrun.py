@@ -45,6 +45,7 @@ def rank_from_torchrun(environment: Mapping[str, str]) -> Rank:
         # The agent's store outlives a restart; in one of the group's own nodes meet that may have counted differently.
         store_prefix=f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{restart if served else ''}",
         restart=restart,
+        one_terminal=environment.get("LAUNCHLAB_ONE_TERMINAL") == "1",  # ssh.py says so
     )
 
 

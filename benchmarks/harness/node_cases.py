@@ -22,7 +22,7 @@ from common.values import whole
 LAUNCHERS = ("spawn", "torchrun", "elastic")
 PLAIN, ACCUMULATE, PARTS = "ddp", "accumulate", 4
 LINK, LINK_WAY = "link", "gloo"
-LINK_SIZES = (2**10, 2**13, 2**16, 2**19, 2**22)  # bytes
+LINK_SIZES = (2**12, 2**16, 2**18, 2**20, 2**22)  # bytes
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ def compare_nodes(argv: list[str], description: str) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill, too, stops everything and keeps what was measured
     console = Console(width=None if sys.stdout.isatty() else 140)
     about = machine.about("benchmarks/compare.py")
-    caption = machine.caption(about["machine"], about["versions"], about["commit"])
+    job = f"--job {asked.config.job}, global batch {asked.config.global_batch(1)}, --sync {asked.config.sync}; "
+    caption = job + machine.caption(about["machine"], about["versions"], about["commit"])
     untimed, timed = asked.untimed(), asked.timed()
     probes: list[Probe] = []
     with asked.hosts as hosts:

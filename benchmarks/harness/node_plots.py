@@ -76,7 +76,9 @@ def draw(found: Found, folder: Path, caption: str, cores: int, threads: int, per
         axes[0][0].plot(
             [], [], "o", color="0.3", markerfacecolor="white", label="hollow: measured,\nmore ranks × threads\nthan cores"
         )
-    drawn.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    lines = len(labels) - len(kinds)  # plain lines come first; put them last
+    drawn.legend(handles[lines:] + handles[:lines], labels[lines:] + labels[:lines], loc="outside right center", fontsize=9)
     ranks = f", {per_node} ranks on each" if per_node > 1 else ""
     drawn.suptitle(f"Training on several hosts{ranks}: median and range, by link", fontsize=12)
     return both(drawn, folder, "nodes", f"{_note(found)} {caption}".strip())

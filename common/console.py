@@ -22,7 +22,10 @@ GAP = 2  # blanks between the columns of a table
 
 
 class Console:
-    """Prints for one rank: each node's first rank speaks (where all nodes share a terminal, rank 0), the others are silent unless ``--log_all_ranks``."""
+    """Prints for one rank. The others are silent unless ``--log_all_ranks``.
+
+    Each node's first rank speaks; where all nodes share a terminal, rank 0 alone.
+    """
 
     def __init__(self, config: TrainConfig, rank: Rank) -> None:
         """Speaks for ``rank``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -160,8 +159,6 @@ def parse_config(
     environment = settings() if environment is None else environment
     arguments = without_local_rank(name, underscored(sys.argv[1:] if argv is None else argv), environment)
     parsed, unknown = _parser(name, description, extra).parse_known_args(arguments)
-    if name == "torchrun.py":  # python -m torch.distributed.launch gives the local rank as a flag too; LOCAL_RANK has it
-        unknown = [word for word in unknown if not re.fullmatch(r"--local_rank=\d+", word)]
     if unknown:
         raise UsageError(_unknown(unknown[0], extra))
     given: dict[str, str] = {}  # field → how a person would name what was given

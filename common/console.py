@@ -45,7 +45,7 @@ class Console:
     def arrived(self, group: Group) -> None:
         """Each node's first rank tells how it reaches the other nodes; with ``--debug`` rank 0, which process each rank is."""
         if group.network:
-            self.line(f"{socket.gethostname()}: {group.network}")
+            self.line(f"{socket.gethostname()}: {group.network}", everyone=self.rank.local_rank == 0)
         if self.config.debug and self.rank.rank == 0:
             pids = [f"{number} is {a['pid']} on {a['host']}" for number, a in enumerate(group.arrivals)]
             self.line(f"Process ids: rank {', '.join(pids)}")

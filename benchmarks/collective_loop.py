@@ -49,13 +49,15 @@ from common.shared_memory import map_together
 WARM_UPS = 5
 MOST, FEWEST = 200, 10  # timed calls of a size
 BYTES = 2**28  # that the timed calls of a size move together, within these limits
+LINK_S = 1.0  # seconds that the timed calls of a size take on a link of a known rate, within these limits too
 LINE = 128  # bytes between the barrier's counters: two cache lines, because processors fetch them in pairs
 PIECE = 2**20  # bytes; smaller ones are no faster, whole large messages leave the caches
 
 
-def iterations(size: int) -> int:
-    """Timed calls of ``size`` bytes: the same on all ranks and for all ways."""
-    return max(FEWEST, min(MOST, BYTES // size))
+def iterations(size: int, bytes_per_s: float | None = None) -> int:
+    """Timed calls of ``size`` bytes: the same on all ranks and for all ways; over a link of a known rate fewer."""
+    most = MOST if bytes_per_s is None else min(MOST, int(bytes_per_s * LINK_S / size))
+    return max(FEWEST, min(most, BYTES // size))
 
 
 def values(rank: int, count: int, device: torch.device) -> Tensor:
@@ -119,9 +121,10 @@ def collective(kind: str, way: Way, size: int, group: Group) -> Call:
 def shared(group: Group, name: str, n_bytes: int, folder: Path) -> mmap.mmap:
     """Memory that all ranks map, zeros but for the last 16 bytes. Nothing of it is left when they end.
 
-    That of --sync shared_memory; a file in ``folder`` where the system has no memfd.
+    That of --sync shared_memory; a file in ``folder`` where the system has no memfd, or where the ranks are on hosts of a virtual
+    cluster, which cannot open each other's memory but share this machine's files.
     """
-    if hasattr(os, "memfd_create"):
+    if hasattr(os, "memfd_create") and group.rank.one_node:
         return map_together(group, name, n_bytes)
     meeting, path = group.meeting, folder / "shared"
     assert meeting
@@ -270,7 +273,7 @@ def run(plan: Plan, rank: Rank, folder: Path) -> None:
             for size in plan.sizes:
                 call = call_of(kind, size)
                 what = f"{kind} of {size_text(call.n_bytes)} ({plan.way})"
-                seconds = measure(call, what, group, barrier, iterations(size))
+                seconds = measure(call, what, group, barrier, iterations(size, plan.bytes_per_s))
                 measured.append({"collective": kind, "size": size, "bytes": call.n_bytes, "seconds": seconds})
                 del call
                 gc.collect()

@@ -1,7 +1,7 @@
 """The ranks of one run of collectives.py: started by mpirun for MPI, by itself as ordinary processes for all else.
 
 collectives.py runs it as ``python benchmarks/collective_ranks.py PLAN FOLDER``, PLAN being a Plan as JSON; every rank leaves
-FOLDER/rank-R.json with the seconds of each call.
+FOLDER/rank-R.json with the seconds of each call. On several hosts it is run on each, with NODE_RANK, MASTER_ADDR and MASTER_PORT.
 """
 
 import os
@@ -20,14 +20,24 @@ from common.ports import PortReservation
 from common.rank import Rank, rank_number
 
 
-def start_ranks(world_size: int) -> int:
-    """Starts this file once more for each rank, told by variables who it is, and waits for all; the exit status."""
-    with PortReservation(0) as port:
+def start_ranks(plan: Plan) -> int:
+    """Starts this file once more for each of this host's ranks, told by variables who it is; the worst exit status."""
+    here, several = plan.world_size // plan.nodes, plan.nodes > 1
+    first = rank_number(os.environ, "NODE_RANK", 0) * here if several else 0
+    with nullcontext() if several else PortReservation(0) as port:
         children = {}
-        for rank in range(world_size):
-            variables = {"RANK": str(rank), "MASTER_PORT": str(port)}
+        for rank in range(first, first + here):
+            variables = {"RANK": str(rank)} | ({} if several else {"MASTER_PORT": str(port)})
             children[rank] = subprocess.Popen([sys.executable, *sys.argv], env=os.environ | variables)
         return wait_for_all(children, "collective_ranks.py")
+
+
+def rank_from_environment(plan: Plan) -> Rank:
+    """The rank that ``start_ranks`` made this process."""
+    number, here = rank_number(os.environ, "RANK"), plan.world_size // plan.nodes
+    master = os.environ.get("MASTER_ADDR") if plan.nodes > 1 else "127.0.0.1"
+    port = rank_number(os.environ, "MASTER_PORT")
+    return Rank("collectives", number, plan.world_size, number % here, here, number // here, master, port)
 
 
 def main() -> int:
@@ -40,10 +50,9 @@ def main() -> int:
 
         rank, port = rank_from_mpi()
     elif os.environ.get("RANK"):
-        n, number = plan.world_size, rank_number(os.environ, "RANK")
-        rank = Rank("collectives", number, n, number, n, 0, "127.0.0.1", rank_number(os.environ, "MASTER_PORT"))
+        rank = rank_from_environment(plan)
     else:
-        return start_ranks(plan.world_size)
+        return start_ranks(plan)
     with port or nullcontext(), watched(rank):
         from benchmarks.collective_loop import run  # imports torch: who watches is settled before
 

@@ -3,6 +3,7 @@
     python benchmarks/compare.py
     python benchmarks/compare.py --launchers plain mpi --world_sizes 1 2 4 8 --repeats 7 --job random --output out/random
     python benchmarks/compare.py --batch_sizes 16 32 64 128 --launchers torchrun --world_sizes 1 2
+    python benchmarks/compare.py --nodes 1 2 4 --rate unlimited 1gbit 100mbit          over several hosts, of a virtual cluster
 
 Launchers are run as a user would run them, one after the other, the repeats interleaved. Flags that are not listed here go to the
 launchers (--epochs 10, --lr 0.01, --model my.module:Net …).
@@ -17,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from benchmarks.harness import batch_sizes, machine, plots, prediction, prediction_report, report, summary
+from benchmarks.harness import batch_sizes, machine, node_comparison, plots, prediction, prediction_report, report, summary
 from benchmarks.harness.comparison import Comparison
+from benchmarks.harness.node_main import compare_nodes
 from benchmarks.harness.session import Session
 from common.errors import exit_status
 from common.files import write_json
@@ -64,6 +66,8 @@ def record(
 
 def main() -> int:
     """Runs, writes, draws, tells."""
+    if node_comparison.wanted(sys.argv[1:]):
+        return compare_nodes(sys.argv[1:], __doc__ or "")
     asked = Comparison(sys.argv[1:], __doc__ or "")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill, too, stops everything and keeps what was measured
     console = Console(width=None if sys.stdout.isatty() else 132)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.config import DATASET_FLAGS, DIGITS_TRAIN_SIZE, LAUNCHERS_WITHOUT_MPI, TrainConfig
 from common.errors import UsageError
+from common.interfaces import interfaces, is_own, leads_back
+from common.rank import on_this_machine
 
 
 def check_gradients(name: str, config: TrainConfig, given: Mapping[str, str]) -> None:
@@ -106,6 +109,28 @@ def check_world(config: TrainConfig, world_size: int, samples: int | None = None
         raise UsageError(
             f"--sampler uneven with {samples} training samples on {world_size} ranks: none would be left for rank 0; start "
             "fewer ranks"
+        )
+
+
+def check_master(config: TrainConfig) -> None:
+    """Refuses an address of rank 0 by which the ranks that are about to be started cannot meet.
+
+    Raises:
+        UsageError: it means every node itself, where there are several; or it is not this machine, where there is one.
+    """
+    host = config.master_addr
+    if not host:
+        return
+    if config.nnodes == 1:
+        if not is_own(host):
+            raise UsageError(
+                f"--master_addr {host} (or MASTER_ADDR) with one node: it is not this machine; leave it out, or give --nnodes"
+            )
+    elif on_this_machine(host) or (config.node_rank and host != socket.gethostname() and leads_back(host)):
+        outside = next((i.address for i in interfaces() if not i.is_loopback and not i.one_link_only), None)
+        raise UsageError(
+            f"--master_addr {host} (or MASTER_ADDR) with --nnodes {config.nnodes}: to each node that is the node itself; give the "
+            f"name or address by which the others reach node 0{f' (this machine is {outside})' if outside else ''}"
         )
 
 

@@ -80,19 +80,28 @@ def overall(statuses: Sequence[int]) -> int:
     return 1
 
 
-def to_blame(ended: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Of (rank, status) in the order of ending: the first that failed and was not merely asked to leave, as the watcher asks."""
+def to_blame(ended: Sequence[tuple[int, int]], what: str = "rank") -> str:
+    """Which of (rank, status), in the order of ending, failed first without having told of it; "" if nobody did.
+
+    Status 1 is how a rank leaves that has told of its failure, and SIGTERM how the watcher asks the others to.
+    """
     failed = [(rank, status) for rank, status in ended if status]
-    return next((each for each in failed if each[1] != -signal.SIGTERM), failed[0])
+    if untold := [each for each in failed if each[1] not in (1, -signal.SIGTERM)]:
+        rank, status = untold[0]
+        return f"{what} {rank} ended first, with {in_words(status)}."
+    if all(status == -signal.SIGTERM for _, status in failed):
+        return f"{f'all {what}s' if len(failed) > 1 else f'the {what}'} here ended with SIGTERM."
+    return ""
 
 
-def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[int] = ()) -> int:
+def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[int] = (), what: str = "rank") -> int:
     """Waits until all children have ended, ends the rest soon after the first failure, and tells of it.
 
     Args:
         children: by rank.
         name: the launcher, for its message.
         sentinels: file descriptors that become readable when a child ends, if there are any: it is noticed at once then.
+        what: a child is, for its message.
 
     Returns:
         The run's exit status (see ``overall``).
@@ -119,9 +128,8 @@ def wait_for_all(children: Mapping[int, Child], name: str, sentinels: Iterable[i
         end(children, signal.SIGINT)
         return 130
     status = overall(list(ended.values()))
-    if status == 1:
-        rank, code = to_blame(list(ended.items()))
-        complain(f"{name}: rank {rank} ended first, with {in_words(code)}.")
+    if status == 1 and (blame := to_blame(list(ended.items()), what)):
+        complain(f"{name}: {blame}")
     return status
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -27,8 +28,11 @@ from common.config import (
     START_FLAGS,
     TrainConfig,
 )
+from common.debugging import switch_on
 from common.errors import UsageError
 from common.values import switch
+
+_FLAGS_ONLY = ("world_size", "node_rank", "debug")  # variables of these names are others': launchers', and DEBUG anybody's
 
 
 def settings() -> dict[str, str]:
@@ -106,6 +110,34 @@ def underscored(argv: Sequence[str]) -> list[str]:
     return out
 
 
+def without_local_rank(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """``arguments`` without the ``--local_rank`` that torch.distributed.launch hands to each rank, besides LOCAL_RANK.
+
+    Raises:
+        UsageError: it is not LOCAL_RANK, or the launcher's ranks are told otherwise.
+    """
+    out, found, words = [], None, iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--local_rank":
+            found = value if equals else next(words, "")
+        else:
+            out.append(word)
+    if found is None:
+        return out
+    if name != "torchrun.py":
+        raise UsageError(
+            f"--local_rank {found}: {name} takes none, its ranks know theirs; torch.distributed.launch and torchrun start "
+            "launchers/torchrun.py"
+        )
+    if found != environment.get("LOCAL_RANK", ""):
+        raise UsageError(
+            f"--local_rank {found} with LOCAL_RANK={environment.get('LOCAL_RANK') or '(not set)'}: the variable decides; type "
+            "torchrun --nproc_per_node=N launchers/torchrun.py, which sets it"
+        )
+    return out
+
+
 def parse_config(
     name: str,
     description: str = "",
@@ -126,15 +158,17 @@ def parse_config(
         UsageError: a value that is not allowed, an unknown flag, or flags that contradict each other.
     """
     environment = settings() if environment is None else environment
-    arguments = underscored(sys.argv[1:] if argv is None else argv)
+    arguments = without_local_rank(name, underscored(sys.argv[1:] if argv is None else argv), environment)
     parsed, unknown = _parser(name, description, extra).parse_known_args(arguments)
+    if name == "torchrun.py":  # python -m torch.distributed.launch gives the local rank as a flag too; LOCAL_RANK has it
+        unknown = [word for word in unknown if not re.fullmatch(r"--local_rank=\d+", word)]
     if unknown:
         raise UsageError(_unknown(unknown[0], extra))
     given: dict[str, str] = {}  # field → how a person would name what was given
     values: dict[str, Any] = {}
     for field_name, spec in FIELDS.items():
         text, where = getattr(parsed, field_name, None), f"--{field_name}"
-        if text is None and field_name not in ("world_size", "node_rank") and environment.get(field_name.upper()):
+        if text is None and field_name not in _FLAGS_ONLY and environment.get(field_name.upper()):
             text, where = environment[field_name.upper()], f"{field_name.upper()} (environment or .env)"
         else:
             given |= {field_name: f"--{field_name} {text}"} if text is not None else {}
@@ -181,6 +215,8 @@ def _resolve(name: str, values: dict[str, Any], given: Mapping[str, str], elasti
             )
     values.setdefault("data_size", job.data_size or JOBS.get(values["dataset"], JOBS["random"]).data_size)
     config = TrainConfig(**values)
+    if config.debug:
+        switch_on()
     if config.nnodes.least < config.nnodes and not elastic:
         raise UsageError(f"--nnodes {config.nnodes.least}:{config.nnodes}: only elastic.py takes a range; give one number of nodes")
     check_gradients(name, config, given)

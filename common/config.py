@@ -155,6 +155,13 @@ class TrainConfig:
         False,
     )
     log_all_ranks: bool = flag(OUTPUT, switch, "every rank prints, not only each node's first", False)
+    debug: bool = flag(
+        OUTPUT,
+        switch,
+        "switch on what PyTorch, NCCL and Python can tell (it says what; no variable does this): their logs, C++ stack traces, "
+        "where each rank is on kill -USR1 PID, on a crash and when it is ended",
+        False,
+    )
     plot: str | None = flag(OUTPUT, any_text, "save the training curves as a picture (.png, .svg or .pdf)", None, "FILE")
     save: str | None = flag(OUTPUT, any_text, "save the trained model and this configuration", None, "FILE")
     result: str | None = flag(OUTPUT, any_text, "write what was measured as JSON", None, "FILE")
@@ -197,7 +204,7 @@ RANK_FLAGS = tuple(
 SPAWN_FLAGS = (*RANK_FLAGS, "start_method")
 ELASTIC_FLAGS = ("nproc_per_node", "nnodes", "max_restarts", "start_method", "master_addr", "master_port")
 START_FLAGS = {*SPAWN_FLAGS, *ELASTIC_FLAGS}
-LAUNCHERS_WITHOUT_MPI = ("plain.py", "spawn.py", "torchrun.py", "elastic.py")
+LAUNCHERS_WITHOUT_MPI = ("plain.py", "spawn.py", "torchrun.py", "elastic.py", "ssh.py", "slurm.py")
 MASTER_FLAGS = ("master_addr", "master_port")
 OUTPUT_FILES = ("result", "plot", "save")  # checked before anything is started
 OUTPUTS = (*OUTPUT_FILES, "events")

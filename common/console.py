@@ -13,6 +13,7 @@ from torch import nn
 
 from common import models
 from common.config import TrainConfig
+from common.device import cores_of
 from common.gradients import Way
 from common.process_group import Group
 from common.rank import Rank
@@ -21,12 +22,13 @@ GAP = 2  # blanks between the columns of a table
 
 
 class Console:
-    """Prints for one rank: each node's first rank speaks, the others are silent unless ``--log_all_ranks``."""
+    """Prints for one rank: each node's first rank speaks (srun's: rank 0), the others are silent unless ``--log_all_ranks``."""
 
     def __init__(self, config: TrainConfig, rank: Rank) -> None:
         """Speaks for ``rank``."""
         self.config, self.rank = config, rank
-        self.speaks = rank.local_rank == 0 or config.log_all_ranks
+        first = rank.rank if rank.launcher == "slurm" else rank.local_rank  # srun shows all nodes' output in one place
+        self.speaks = first == 0 or config.log_all_ranks
         self.prefix = f"[Rank {rank.rank}] " if config.log_all_ranks else ""
 
     def line(self, text: str, everyone: bool = False, prefix: str | None = None) -> None:
@@ -36,6 +38,14 @@ class Console:
             with contextlib.suppress(BrokenPipeError):
                 sys.stdout.write("".join(f"{mark}{row}\n" for row in text.splitlines()))
                 sys.stdout.flush()
+
+    def arrived(self, group: Group) -> None:
+        """Each node's first rank tells how it reaches the other nodes; with ``--debug`` rank 0, which process each rank is."""
+        if group.network:
+            self.line(f"{socket.gethostname()}: {group.network}")
+        if self.config.debug and self.rank.rank == 0:
+            pids = [f"{number} is {a['pid']} on {a['host']}" for number, a in enumerate(group.arrivals)]
+            self.line(f"Process ids: rank {', '.join(pids)}")
 
     def joined(self, group: Group, threads: int) -> None:
         """Every rank says once that it is there; rank 0 then tells what is about to run."""
@@ -65,6 +75,25 @@ class Console:
             compressed = f", sent as {self.config.compress}" if self.config.compress else ""
             chosen = f" (--sync {self.config.sync}: {way.reason})" if way.reason else ""
             self.line(f"Gradients: {way.name}{compressed}{chosen}")
+
+    def cores(self, group: Group) -> None:
+        """Rank 0 tells where a launcher has bound its node's ranks to fewer cores than it may use itself."""
+        used = set().union(*group.local_cores())
+        if self.rank.rank == 0 and len(used) < (there := len(cores_of(self.rank.launchers[-1:]) | used)):
+            many = len(group.local_cores()) > 1
+            self.line(
+                f"Cores: the launcher has bound {'these ranks' if many else 'this rank'} to {len(used)} of {there} cores, the "
+                "others stay idle; mpirun --bind-to none leaves all"
+            )
+
+    def unlike_one_process(self, model: nn.Module) -> None:
+        """Rank 0 tells of layers for which N ranks are not one process."""
+        kinds = [name for name in models.batch_dependent(model) if "Norm" in name and "Sync" not in name]
+        if self.rank.rank == 0 and self.rank.world_size > 1 and kinds:
+            self.line(
+                f"Note: {', '.join(kinds)} normalises each rank's part of a batch by itself, so {self.rank.world_size} ranks do "
+                "not compute what one process does: give --sync_batchnorm (CUDA), or take GroupNorm or LayerNorm"
+            )
 
     def compute(self, device: str, fused: bool) -> None:
         """Rank 0 tells in which numbers, layout and kernels a step is computed."""

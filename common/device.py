@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -17,6 +18,15 @@ def usable_cores() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
+
+
+def cores_of(processes: Iterable[int]) -> set[int]:
+    """The cores that any of ``processes`` (process ids) may run on; of one that is gone, or not ours to ask, none."""
+    cores: set[int] = set()
+    for pid in processes if hasattr(os, "sched_getaffinity") else ():
+        with suppress(OSError):
+            cores |= os.sched_getaffinity(pid)
+    return cores
 
 
 def share_of_cores(mine: Collection[int], all_local: Sequence[Collection[int]], quota: float | None = None) -> int:

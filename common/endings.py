@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -12,18 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from common import watch
 from common.errors import RunError, UsageError, complain, one_line
+from common.hints import hint
 from common.rank import Rank
+from common.reporter import Reporter, supported
 
 # What gloo and the store say when the other side is gone (torch 2.9 to 2.13); such a rank is not the cause.
 _PEER_IS_GONE = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "timed out waiting",
                  "connectfullmesh", "connection was likely closed", "socket timeout", "remote process exited")  # fmt: skip
 
+_C_SOURCE = r"\[/\S+:\d+\] "  # where in gloo's source it was noticed
+
 # The second is what is left of a Ctrl-C that comes between ``watched`` and the first line within it.
 _CTRL_C = (KeyboardInterrupt, GeneratorExit)
 
-_watched: tuple[Rank, watch.Reporter | None] | None = None
+_watched: tuple[Rank, Reporter | None] | None = None
 
 
 def lost_a_peer(error: BaseException) -> bool:
@@ -41,8 +45,10 @@ def _cause(error: BaseException) -> tuple[str, str]:
         return "failed", f"left with exit status {error.code} before its work was done"
     if isinstance(error, RunError):
         return "failed", f"failed: {error}"
+    if remedy := hint(error):
+        return "failed", f"failed: {remedy} ({one_line(error, 100).rstrip(' .')})"
     if lost_a_peer(error):
-        return "lost a peer", f"lost another rank: {one_line(error)}"
+        return "lost a peer", f"lost another rank: {re.sub(_C_SOURCE, '', one_line(error))}"
     return "failed", f"failed: {one_line(error)}"
 
 
@@ -58,7 +64,7 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
     """
     global _watched
     reporter = None
-    if (rank.world_size > 1 or events) and watch.supported:
+    if (rank.world_size > 1 or events) and supported:
         # The last start's watcher may still be there.
         group = f"{rank.master_addr}:{rank.master_port}/{rank.store_prefix}/{rank.node_rank}/{rank.restart}"
         name = group if rank.forms_group else str(events)
@@ -68,8 +74,11 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
             "parents": rank.launchers,
             "events": events and str(events),
             "launcher_kills": rank.launcher == "mpi",
+            "node": rank.node_rank,
+            "ranks_here": rank.local_world_size,
+            "one_terminal": rank.launcher in ("mpi", "slurm"),
         }
-        reporter = watch.Reporter(name, about)
+        reporter = Reporter(name, about)
     _watched = rank, reporter
     try:
         yield
@@ -78,9 +87,9 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
         if of_many and isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C, from the launcher too, changes nothing
         event, cause = _cause(error)
-        explained = event != "failed" or isinstance(error, (RunError, SystemExit))
+        explained = event != "failed" or isinstance(error, (RunError, SystemExit)) or hint(error)
         trace = "" if explained else "".join(traceback.format_exception(error))
-        if not (reporter and reporter.tell_and_wait(event=event, cause=cause, traceback=trace)):
+        if not (reporter and reporter.ask(event=event, cause=cause, traceback=trace)):
             if isinstance(error, UsageError):
                 raise  # exit_status prints it
             if event != "interrupted":
@@ -92,12 +101,19 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
             raise
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     else:
-        if reporter:
+        if reporter and rank.one_node:
             reporter.tell(event="done")
+        elif reporter:  # the other nodes are to know before a launcher clears this one
+            reporter.ask(event="done")
     finally:
         _watched = None
         if reporter:
             reporter.close()
+
+
+def watcher() -> Reporter | None:
+    """This rank's line to its watcher; None where there is none."""
+    return _watched[1] if _watched else None
 
 
 def _sentence(rank: Rank, cause: str) -> str:
@@ -112,6 +128,6 @@ def end_now(cause: str) -> NoReturn:
     """
     if _watched:
         rank, reporter = _watched
-        if not (reporter and reporter.tell_and_wait(event="lost a peer", cause=cause)):
+        if not (reporter and reporter.ask(event="lost a peer", cause=cause)):
             complain(_sentence(rank, cause))
     os._exit(1)

@@ -39,6 +39,7 @@ LAUNCHERS = {
     "torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate",
     "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "prterun", "prted", "prte", "orterun", "orted",
     "srun", "slurmstepd",
+    "quiet_torchrun.py", "remote_guard.py",
 }  # fmt: skip
 
 
@@ -60,50 +61,66 @@ def started_at(pid: int) -> float:
     return int(_stat(pid)[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def is_launching(argv: Sequence[str], folder: str = "") -> bool:
-    """Whether a command line, typed in ``folder``, starts ranks.
+def what_launches(argv: Sequence[str], folder: str = "") -> str:
+    """The program of a command line, typed in ``folder``, that starts ranks; "" if it starts none.
 
-    It does if it is a launcher's program, or Python running one, a file of launchers/, or a process of multiprocessing's.
+    A launcher's program, or Python running one (its name), a file of launchers/ (``spawn.py``), or ``multiprocessing``.
     """
     if not argv:
-        return False
-    program = Path(argv[0]).name
+        return ""
+    program = Path(argv[0]).name.partition(":")[0]  # slurmstepd calls itself "slurmstepd: [7.0]"
     if program in LAUNCHERS:
-        return True
+        return program
     if not program.startswith("python"):
-        return False
+        return ""
     words = iter(argv[1:])
     for word in words:
         if not word.startswith("-"):
             path = Path(folder, word)
-            return path.name in LAUNCHERS or (path.suffix == ".py" and path.parent.name == "launchers")
+            ours = path.suffix == ".py" and path.parent.name == "launchers"
+            return path.name if path.name in LAUNCHERS or ours else ""
         if word[1:2] in ("X", "W"):  # python's own options; these two take a value
             if len(word) == 2:
                 next(words, "")
         elif not word.startswith("--") and (found := min((i for i in (word.find("m"), word.find("c")) if i > 0), default=0)):
             value = word[found + 1 :] or next(words, "")
+            if word[found] == "m" and value.startswith("launchers."):
+                return f"{value.partition('.')[2]}.py"
             if word[found] == "m":
-                return value in LAUNCHERS or value.startswith(("launchers.", "accelerate.commands."))
-            return value.startswith("from multiprocessing.")
-    return False
+                return value if value in LAUNCHERS or value.startswith("accelerate.commands.") else ""
+            return "multiprocessing" if value.startswith("from multiprocessing.") else ""
+    return ""
+
+
+def is_launching(argv: Sequence[str], folder: str = "") -> bool:
+    """Whether a command line, typed in ``folder``, starts ranks: see ``what_launches``."""
+    return bool(what_launches(argv, folder))
+
+
+def parent_of(pid: int) -> int:
+    """A process's parent; 0 where there is none, or no /proc."""
+    try:
+        return int(_stat(pid)[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def command_line_of(pid: int) -> tuple[list[str], str]:
+    """(what a process was started as, the folder that it is in); empty where the system does not tell."""
+    argv, folder = [], ""
+    with contextlib.suppress(OSError):
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+        folder = os.readlink(f"/proc/{pid}/cwd")  # another user's process does not tell
+    return argv, folder
 
 
 def launching_ancestors(pid: int | None = None) -> list[int]:
     """The chain of processes that started this one in order to launch it, nearest first; empty where there is no /proc."""
     chain: list[int] = []
-    try:
-        parent = int(_stat(pid or os.getpid())[1])
-        while parent > 0:  # in a container the launcher may be process 1
-            argv = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-            folder = ""
-            with contextlib.suppress(OSError):  # another user's process does not tell
-                folder = os.readlink(f"/proc/{parent}/cwd")
-            if not is_launching(argv, folder):
-                break
-            chain.append(parent)
-            parent = int(_stat(parent)[1])
-    except (OSError, ValueError, IndexError):
-        pass
+    parent = parent_of(pid or os.getpid())
+    while parent > 0 and is_launching(*command_line_of(parent)):  # in a container the launcher may be process 1
+        chain.append(parent)
+        parent = parent_of(parent)
     return chain
 
 

@@ -35,7 +35,12 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def json_text(value: Any) -> str:
     """``value`` as JSON, one top-level key a line so that result files can be read and diffed."""
     rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(_strict(item), allow_nan=False)}" for key, item in value.items())
-    write_whole(path, lambda stream: stream.write(f"{{\n{rows}\n}}\n".encode()))
+    return f"{{\n{rows}\n}}\n"
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes ``json_text(value)``."""
+    write_whole(path, lambda stream: stream.write(json_text(value).encode()))

@@ -21,6 +21,7 @@ from common.rank import Rank
 
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL")
 HIDDEN = "(hidden: its name looks like a secret's)"
+OF_SRUN = ("SLURM", "SRUN_", "PMI", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # how the names begin that it sets
 VALUE_WIDTH = 80  # characters of a value that the screen shows
 VALUES_SHOWN = 8  # different values of one variable that the screen shows
 
@@ -40,6 +41,7 @@ def inspect(config: TrainConfig, rank: Rank) -> None:
     ranks: list[dict[str, Any]] = []
 
     def arrived(group: Group) -> None:
+        console.arrived(group)
         mine = describe(group, config, environment, threads)
         ranks.extend(_exchange(group, "ranks", mine))
         if rank.rank == 0:
@@ -57,9 +59,8 @@ def inspect(config: TrainConfig, rank: Rank) -> None:
                 write_json(config.result, _result(rank, group, ranks, checks))
         _exchange(group, "checks shown", None)
         if group.meeting:
-            # Rank 0 may serve the store: it leaves last.
             group.meeting.tell("inspect/left", None)
-            if rank.rank == 0:
+            if rank.serves_store:  # it leaves last
                 group.meeting.hear("inspect/left", "did not end the inspection")
     if wrong := [check.sentence() for check in checks if check.wrong]:
         raise RunError("; ".join(wrong))
@@ -115,6 +116,12 @@ def set_by_launcher(launchers: Sequence[int], environment: Mapping[str, str]) ->
     """
     if not launchers:
         return ({}, None) if Path("/proc/self/environ").exists() else (None, "this system has no /proc")
+    by_name: dict[str, str] = {}
+    if _is_of_slurm(launchers[-1]):  # srun may be on another host, and slurmstepd's own environment is another one
+        launchers = launchers[:-1]
+        by_name = {name: value for name, value in environment.items() if name.startswith(OF_SRUN)}
+        if not launchers:
+            return without_secrets(by_name), None
     path = Path(f"/proc/{launchers[-1]}/environ")  # the outermost: the command itself
     try:
         before = parse_environment(path.read_bytes())
@@ -122,7 +129,14 @@ def set_by_launcher(launchers: Sequence[int], environment: Mapping[str, str]) ->
         return None, f"{path}: {error.strerror}"
     if not before:
         return None, f"{path} is empty"  # so it is of a process that has just ended
-    return without_secrets(changed(before, environment)), None
+    return without_secrets(by_name | changed(before, environment)), None
+
+
+def _is_of_slurm(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() == "slurmstepd"
+    except OSError:
+        return False
 
 
 def parse_environment(block: bytes) -> dict[str, str]:
@@ -217,7 +231,8 @@ def variables(ranks: Sequence[Mapping[str, Any]]) -> str:
         none = "the ranks have the command's environment unchanged" if launched else "no launcher started this"
         return "\n".join([*unknown, *([f"{title}: none, {none}"] if known else [])])
     rows = [(name, by_rank({r["rank"]: r["variables"].get(name) for r in known})) for name in names]
-    how = f"{title} (new or changed since the command was started)"
+    srun = "; srun's by their names" if "SLURM_STEP_ID" in names else ""
+    how = f"{title} (new or changed since the command was started{srun})"
     return "\n".join([*unknown, how, table((), rows, indent=2)])
 
 

@@ -60,13 +60,15 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
             models.check_fit(config, model, *datasets.fetch(train_data, first, device, dtype))
         if config.sync_batchnorm:
             model = acceleration.with_common_statistics(model)
-    with process_group(arrival, device) as group:
+    with process_group(arrival, device, console.arrived) as group:
         threads = group.threads(config, shipped)
         torch.set_num_threads(threads)
         phases.joined(group.clock.offset_seconds, group.clock.round_trip_seconds, group.arrivals[0]["command_started"], threads)
         console.joined(group, threads)
         console.way(way)
         console.compute(device.type, acceleration.fused(model, config))
+        console.cores(group)
+        console.unlike_one_process(model)
         console.model(model)
         training = _Run(config, group, console, phases, model, way, train_data, eval_data, device, precision)
         training.epochs()
@@ -93,7 +95,7 @@ class _Run:
     eval_loss: list[float] = field(default_factory=list)
     eval_accuracy: list[float | None] = field(default_factory=list)
     times: Untimed = field(default_factory=Untimed)
-    step_seconds: float = 0.0  # in training steps after the first
+    step_seconds: list[float] = field(default_factory=list)  # of each epoch's training steps, without the very first step
     eval_seconds: float = 0.0
     samples_after_first_step: int = 0
     bytes_per_step: int = 0  # that this rank hands to the collectives
@@ -170,7 +172,7 @@ class _Run:
                 own = sum(share.samples for share in shares)
                 self.console.step(epoch + 1, step + 1, sampler.steps, float(sums[step]) / own if own else float("nan"))
         wait_for(self.device)
-        self.step_seconds += now() - began
+        self.step_seconds.append(now() - began)
         return sums
 
     def _evaluate(self, with_labels: bool) -> Tensor:
@@ -204,7 +206,8 @@ class _Run:
         """Gathers what every rank measured; rank 0 tells and writes it."""
         marks = self.phases.marks
         memory_now = shared_out_memory_bytes()  # here, while every rank still has all of its own
-        own = [*marks.values(), self.step_seconds, self.eval_seconds, float(memory_now or 0), float(peak_memory_bytes() or 0)]
+        steps_took = [*self.step_seconds, sum(self.step_seconds)]
+        own = [*marks.values(), *steps_took, self.eval_seconds, float(memory_now or 0), float(peak_memory_bytes() or 0)]
         everyone = self.group.gather(torch.tensor(own, dtype=torch.float64))
         slowest = dict(zip(marks, everyone.max(0).values.tolist(), strict=False))
         train_seconds = slowest["training_done"] - slowest["first_step_done"]
@@ -267,6 +270,7 @@ class _Run:
                 "eval_accuracy": self.eval_accuracy,
                 "train_seconds": train_seconds,
                 "step_seconds": step_seconds,
+                "step_seconds_per_epoch": everyone[:, len(marks) : -4].max(0).values.tolist(),
                 "eval_seconds": eval_seconds,
                 "step_times": steps,
                 "epoch_end_seconds": self.epoch_end_seconds,

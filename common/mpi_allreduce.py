@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from common import endings
 from common.errors import UsageError
-from common.process_group import Group, Meeting
+from common.meeting import Meeting
+from common.process_group import Group
 
 _TYPES = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE}
 T = TypeVar("T")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import socket
 import sys
 from pathlib import Path
+
+from common.errors import UsageError
 
 
 def _configured() -> str:
@@ -35,3 +38,22 @@ def from_files_only() -> None:
 def as_configured() -> None:
     """From here on as /etc/nsswitch.conf says again."""
     _look_up_hosts_in(_configured())
+
+
+def check_known(host: str, what: str) -> None:
+    """Refuses a host that has no address here: ranks would look for it until their patience ends.
+
+    Args:
+        host: a name or an address.
+        what: where the name comes from.
+
+    Raises:
+        UsageError: it is not known here.
+    """
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as error:
+        raise UsageError(
+            f"{host} ({what}): no address known on {socket.gethostname()} ({error.strerror}); give --master_addr and an address "
+            "that all nodes reach, or enter the name in /etc/hosts"
+        ) from None

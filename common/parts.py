@@ -18,6 +18,11 @@ def load_class(flag: str, path: str) -> Callable[..., Any]:
         UsageError: it cannot be imported, or the module has no such name.
     """
     module_name, _, name = path.partition(":")
+    if module_name == "__main__":
+        raise UsageError(
+            f"{flag} {path}: ranks cannot import what a notebook's cell or a script has defined; write the class into a file "
+            f"(in a notebook: %%writefile my_module.py) and give my_module:{name}"
+        )
     if "" not in sys.path:
         sys.path.append("")  # the folder that the user is in
     try:

@@ -46,6 +46,15 @@ class PortReservation:
         self._socket.close()
 
 
-def port_taken(port: int, reason: str) -> UsageError:
-    """The error for a port that cannot be listened on."""
-    return UsageError(f"--master_port {port}: cannot be used here ({reason}); give another, or 0 for a free one")
+def step_port(job: int, step: int) -> int:
+    """A port that every rank of a SLURM job step can work out, 10000 to 30010: below those that the kernel hands out.
+
+    Jobs whose numbers are near each other, as those of one node mostly are, never get the same one.
+    """
+    return 10000 + (101 * job + step) % 20011
+
+
+def port_taken(port: int, reason: str, or_free: bool = True) -> UsageError:
+    """The error for a port that cannot be listened on; ``or_free``: whether a free one can be asked for."""
+    remedy = "give another, or 0 for a free one" if or_free else "give all ranks another"
+    return UsageError(f"--master_port {port}: cannot be used here ({reason}); {remedy}")

@@ -22,6 +22,7 @@ COLOURS = (36, 33, 35, 32, 34, 31)  # of ECMA-48 (SGR), a host each, then again
 LONGEST_LINE = 1 << 20  # bytes; a longer one is cut, so that a command which never ends its line cannot fill the memory
 DRAIN_S = 0.5  # what a command leaves running may hold its output open; that long is waited for a rest
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
+BEAT_S = 1.0  # between two words down a lifeline
 
 
 class _Lines:
@@ -29,6 +30,7 @@ class _Lines:
 
     def __init__(self, source: IO[bytes], number: int, prefix: bytes) -> None:
         self.source, self.number, self.prefix, self.rest = source, number, prefix, b""
+        self.muted = False
         os.set_blocking(source.fileno(), False)
 
     def read(self) -> bool:
@@ -37,16 +39,22 @@ class _Lines:
         *lines, self.rest = (self.rest + data).split(b"\n")
         if self.rest and (not data or len(self.rest) > LONGEST_LINE):
             lines, self.rest = [*lines, self.rest], b""
+        self._show(lines)
+        return bool(data)
+
+    def _show(self, lines: list[bytes]) -> None:
         # A progress bar redraws its line after a \r: its last state is what a terminal would show.
         shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
-        _write(self.number, b"".join(self.prefix + line + b"\n" for line in shown))
-        return bool(data)
+        if not self.muted:
+            _write(self.number, b"".join(self.prefix + line + b"\n" for line in shown))
 
     def close(self) -> None:
         """Passes on what is there without waiting for more."""
         with contextlib.suppress(BlockingIOError, ValueError):
             while self.read():
                 pass
+        if self.rest:
+            self._show([self.rest])
         self.source.close()
 
 
@@ -69,13 +77,14 @@ def _write(number: int, data: bytes) -> None:
 class _Commands:
     """The running commands."""
 
-    def __init__(self, commands: Mapping[str, Sequence[str]], lifeline: bool, **options: Any) -> None:
-        self.lifeline = lifeline
+    def __init__(self, commands: Mapping[str, Sequence[str]], lifeline: bool, hush: bool, **options: Any) -> None:
+        self.lifeline, self.hush = lifeline, hush
         self.statuses: dict[str, int] = {}
         self.selector = selectors.DefaultSelector()
         self.lines: dict[str, list[_Lines]] = {}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.ended_at: dict[str, float] = {}
+        self.beaten_at = 0.0
         width = max((len(name) for name in commands), default=0)
         prefixes = [_prefixes(name, width, position) for position, name in enumerate(commands)]
         for (name, words), (for_out, for_err) in zip(commands.items(), prefixes, strict=True):
@@ -93,6 +102,8 @@ class _Commands:
                 self.statuses[name] = 127 if isinstance(error, FileNotFoundError) else 126  # as a shell says it
                 continue
             assert process.stdout and process.stderr
+            if process.stdin:
+                os.set_blocking(process.stdin.fileno(), False)
             self.running[name] = process
             self.lines[name] = [_Lines(process.stdout, 1, for_out), _Lines(process.stderr, 2, for_err)]
             for stream in self.lines[name]:
@@ -100,6 +111,8 @@ class _Commands:
 
     def pass_on(self, seconds: float) -> None:
         """Passes on output as it comes, for at most ``seconds``, and notes who has ended."""
+        if self.lifeline and time.monotonic() > self.beaten_at + BEAT_S:
+            self._beat()
         if self.selector.get_map():
             for key, _ in self.selector.select(seconds):
                 name, stream = key.data
@@ -120,6 +133,14 @@ class _Commands:
                 del self.running[name]
                 self.statuses[name] = process.returncode
 
+    def _beat(self) -> None:
+        """A word down each lifeline: whoever hears none knows that the connection is dead, which TCP alone tells after minutes."""
+        self.beaten_at = time.monotonic()
+        for process in self.running.values():
+            if process.stdin and not process.stdin.closed:
+                with contextlib.suppress(OSError):
+                    os.write(process.stdin.fileno(), b"\n")
+
     def _forget(self, name: str, stream: _Lines) -> None:
         self.selector.unregister(stream.source)
         self.lines[name].remove(stream)
@@ -127,6 +148,9 @@ class _Commands:
 
     def ask(self, number: int) -> None:
         """Asks all to end: through the end of their standard input, or with a signal to their process groups."""
+        for streams in self.lines.values() if self.hush else ():
+            for stream in streams:
+                stream.muted |= stream.number == 2
         for process in self.running.values():
             if process.stdin and number != signal.SIGKILL:
                 with contextlib.suppress(OSError):
@@ -151,8 +175,8 @@ def _prefixes(name: str, width: int, position: int) -> tuple[bytes, bytes]:
     """What stands before a line on stdout and on stderr: the name, in a colour of its own where that is a terminal."""
     found = []
     for number in (1, 2):
-        text = f"[{name}]" + " " * (width - len(name) + 1)
-        if os.isatty(number) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        text = f"[{name}]" + " " * (width - len(name) + 1) if name else ""
+        if name and os.isatty(number) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
             text = f"\033[{COLOURS[position % len(COLOURS)]}m{text}\033[0m"
         found.append(text.encode(errors="replace"))
     return found[0], found[1]
@@ -162,6 +186,7 @@ def run_prefixed(
     commands: Mapping[str, Sequence[str]],
     *,
     lifeline: bool = False,
+    hush: bool = False,
     patience: float | None = 5.0,
     leave: float = 10.0,
     ended: Callable[[str, int], None] = lambda name, status: None,
@@ -175,13 +200,14 @@ def run_prefixed(
     SIGKILL.
 
     Args:
-        commands: name (of the host) → the words of its command.
+        commands: name (of the host; "" where there is nothing to tell apart) → the words of its command.
         lifeline: their standard input stays open as long as they are to run, and its end is the request to leave, which also comes
             when this process is killed (``common/remote_guard.py`` heeds it, through ssh too). Otherwise it is empty, and they are
             asked with signals.
+        hush: once they have been asked to leave, what they write to stderr is not shown: it is how they take it.
         patience: seconds that the others get to end by themselves after one has failed, before they are asked to; None: for ever.
         leave: seconds from being asked to leave until SIGKILL.
-        ended: called with (name, status) when a command has ended.
+        ended: called with (name, status) when a command has ended that had not been asked to.
         env: their environment; by default this process's.
         cwd: their folder; by default this process's.
 
@@ -200,17 +226,20 @@ def run_prefixed(
 
     heard = STOPS if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, note) for name in heard if (number := getattr(signal, name, None)) is not None}
+    if heard and lifeline and hasattr(signal, "SIGTSTP"):  # Ctrl-Z would stop the words down the lifelines
+        before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     group, unread = None, False
     try:
-        group = _Commands(commands, lifeline, env=env, cwd=cwd)
+        group = _Commands(commands, lifeline, hush, env=env, cwd=cwd)
         told = reported = 0
         asked_at = failed_at = float("inf")
         while True:
             for name in list(group.statuses)[reported:]:
                 reported += 1
-                ended(name, group.statuses[name])
+                if asked_at == float("inf"):
+                    ended(name, group.statuses[name])
                 if group.statuses[name]:
                     failed_at = min(failed_at, time.monotonic())
             if not group.running:

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,17 +19,18 @@ import torch.distributed as dist
 
 from common import names, now
 from common.cgroup import cpu_quota
+from common.claims import check_claims, claim
 from common.config import OUTPUTS, START_FLAGS, TrainConfig
 from common.device import choose_backend, share_of_cores, usable_cores
-from common.errors import RunError, UsageError, one_line
+from common.errors import RunError, UsageError
 from common.events import clock_id
-from common.ports import port_taken
+from common.interfaces import own_address, way_out
+from common.meeting import Meeting, Waiting, open_store
 from common.rank import Rank, on_this_machine
 from common.values import AS_SHIPPED
 
 # What may differ between nodes: files, and how each node was started.
-_PER_NODE = (*OUTPUTS, *START_FLAGS, "log_every", "log_all_ranks", "threads")
-OWN_NAME_S = 3.0  # that a container's network may take to know a name
+_PER_NODE = (*OUTPUTS, *START_FLAGS, "log_every", "log_all_ranks", "debug", "threads")
 _CLOCK_TURNS = 12  # questions to rank 0's clock; the first only opens the way
 
 
@@ -44,46 +45,6 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """What ranks tell each other through the store: it works before there is a group, and under any backend."""
-
-    store: dist.Store
-    rank: Rank
-    patience: float
-    """Seconds to wait for a rank."""
-
-    def tell(self, what: str, value: Any) -> None:
-        """Writes this rank's ``value`` (fit for JSON) under ``what``; read by the others with ``hear``."""
-        self.store.set(f"{what}/{self.rank.rank}", json.dumps(value))
-        self.store.set(f"{what}/told/{self.store.add(f'{what}/told', 1)}", "")
-
-    def hear(self, what: str, absent: str, hint: str = "", until: float | None = None) -> list[Any]:
-        """What every rank has told under ``what``, in rank order, once all have.
-
-        Args:
-            what: the name that they told it under.
-            absent: what a missing rank failed to do, in words: "did not arrive".
-            hint: the end of that sentence.
-            until: on the clock of ``time.monotonic``; by default ``patience`` from now.
-
-        Raises:
-            RunError: ranks are missing when the time is up; they are named.
-        """
-        until = time.monotonic() + self.patience if until is None else until
-        keys = [f"{what}/{r}" for r in range(self.rank.world_size)]
-        last = f"{what}/told/{len(keys)}"  # asked for often, so one key only; the store's own wait() is deaf to Ctrl-C
-        while not (self.store.check([last]) and self.store.check(keys)):
-            if time.monotonic() > until:
-                missing = [str(r) for r, key in enumerate(keys) if not self.store.check([key])]
-                raise RunError(
-                    f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {len(keys)} {absent} "
-                    f"within {self.patience:g} s (--timeout){hint}"
-                )
-            time.sleep(0.0005 * (1 + len(keys)))  # as many questions a second, however many ask
-        return [json.loads(value) for value in self.store.multi_get(keys)]
-
-
-@dataclass(frozen=True)
 class Group:
     """The ranks that train together; a process on its own is a group of one without a backend."""
 
@@ -91,10 +52,12 @@ class Group:
     device: torch.device
     backend: str | None = None
     arrivals: list[dict[str, Any]] = field(default_factory=list)
-    """What each rank wrote into the store before it joined: host, pid, node_rank, cores, quota, clock, command_started."""
+    """What each rank wrote into the store before it joined: host, address, pid, node_rank, cores, quota, clock, …"""
     clock: Clock = field(default_factory=Clock)
     meeting: Meeting | None = None
     """Where the ranks met; None for a process on its own."""
+    network: str = ""
+    """Over which interface this node's ranks talk to other nodes', and why; "" where there are none."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum of ``values`` (float64 on CPU, any shape) over all ranks, on every rank."""
@@ -115,7 +78,7 @@ class Group:
         return [a["cores"] for a in self.arrivals if a["node_rank"] == self.rank.node_rank]
 
     def threads(self, config: TrainConfig, found: int) -> int:
-        """The CPU threads that this rank trains with: ``--threads``, else its share of the node's cores.
+        """The CPU threads that this rank trains with: ``--threads``, else its share of the node's cores, as far as it was granted.
 
         Args:
             config: the run.
@@ -127,7 +90,8 @@ class Group:
         # Containers and virtual hosts are nodes of their own, and on one machine share its cores all the same.
         sharing = [a["cores"] for a in self.arrivals if a["clock"] == mine["clock"]]
         quota = mine["quota"] and mine["quota"] / len(self.local_cores())
-        return config.threads or share_of_cores(mine["cores"], sharing, quota)
+        share = share_of_cores(mine["cores"], sharing, quota)
+        return config.threads or min(share, self.rank.cpus or share)
 
 
 def _references(tensors: Sequence[torch.Tensor]) -> int:
@@ -154,67 +118,6 @@ def carry_out(collective: Callable[[], object], tensors: Sequence[torch.Tensor],
     until = time.monotonic() + limit
     while wait and _references(tensors) > before and time.monotonic() < until:
         time.sleep(0.0002)
-
-
-def _wait_for_listener(rank: Rank, until: float, timeout: float) -> None:
-    """Returns once the store's address answers: our own probe, because the store's is long-winded when it fails."""
-    assert rank.master_addr
-    reason = "no answer"
-    while True:
-        try:
-            socket.create_connection((rank.master_addr, rank.master_port), timeout=max(0.1, until - time.monotonic())).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if time.monotonic() > until:
-            raise RunError(
-                f"rank {rank.rank} waited {timeout:g} s (--timeout) for rank 0 at {rank.master_addr}:{rank.master_port}: {reason}; "
-                "is rank 0 started, and is this its address and port?"
-            )
-        time.sleep(0.02)
-
-
-def _lost_itself(rank: Rank, why: str) -> str:
-    return (
-        f"rank 0 does not reach itself at {rank.master_addr}:{rank.master_port} ({why}): MASTER_ADDR is to be this host's address, "
-        "as the others see it; containers need a network that gives names (docker run --network NAME --name ...), or --network host"
-    )
-
-
-def _check_own_name(rank: Rank, patience: float) -> None:
-    """Raises RunError where rank 0's MASTER_ADDR is no name here: the store would say so at length."""
-    until = time.monotonic() + min(patience, OWN_NAME_S)
-    while True:
-        try:
-            socket.getaddrinfo(rank.master_addr, rank.master_port)
-            return
-        except OSError as error:
-            if time.monotonic() > until:
-                raise RunError(_lost_itself(rank, error.strerror or str(error))) from None
-        time.sleep(0.1)
-
-
-def _open_store(rank: Rank, until: float, patience: float) -> dist.Store:
-    serve = rank.rank == 0 and not rank.store_is_served
-    if serve:
-        _check_own_name(rank, patience)
-    else:
-        _wait_for_listener(rank, until, patience)
-    try:
-        store: dist.Store = dist.TCPStore(
-            rank.master_addr or "",
-            rank.master_port,
-            is_master=serve,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=patience),
-        )
-    except dist.DistNetworkError as error:
-        if serve and "EADDRINUSE" in str(error):
-            raise port_taken(rank.master_port, "address already in use") from None
-        if serve:  # it listens, and does not get there
-            raise RunError(_lost_itself(rank, one_line(error, 120))) from None
-        raise
-    return dist.PrefixStore(f"launchlab/{rank.store_prefix}", store)
 
 
 @dataclass(frozen=True)
@@ -246,6 +149,7 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
     told = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PER_NODE}
     here = {
         "host": socket.gethostname(),
+        "address": None if rank.one_node else own_address(rank.master_addr or ""),
         "pid": os.getpid(),
         "node_rank": rank.node_rank,
         "local_rank": rank.local_rank,
@@ -261,8 +165,11 @@ def announce(rank: Rank, config: TrainConfig, started: float | None = None) -> A
     if rank.forms_group:
         if on_this_machine(rank.master_addr):
             names.from_files_only()
-        meeting = Meeting(_open_store(rank, until, patience), rank, patience)
+        meeting = Meeting(open_store(rank, until, patience), rank, patience)
+        claim(meeting.store, rank, here)
+        meeting.link.offer()
         meeting.tell("here", here)
+        meeting.link.seek()
     return Arrival(rank, config, here, meeting, until)
 
 
@@ -274,7 +181,15 @@ def _wait_for_all(meeting: Meeting, until: float) -> list[dict[str, Any]]:
         UsageError: ranks were given different flags (raised on all of them).
     """
     hint = ": started at all, and with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
-    arrivals: list[dict[str, Any]] = meeting.hear("here", "did not arrive", hint, until)
+    waiting = Waiting(meeting.rank, meeting.patience)
+
+    def meanwhile(missing: Callable[[], str]) -> None:
+        meeting.link.seek()
+        waiting(missing)
+
+    arrivals: list[dict[str, Any]] = meeting.hear("here", "did not arrive", hint, until, meanwhile)
+    meeting.link.seek()
+    check_claims(arrivals)
     for number, other in enumerate(arrivals):
         for name, value in other["told"].items():
             first = arrivals[0]["told"][name]
@@ -295,7 +210,7 @@ def refused_together(arrival: Arrival) -> Iterator[None]:
             with suppress(RunError, RuntimeError):  # who is refused needs no second reason
                 meeting.hear("here", "did not arrive", until=arrival.until)
                 meeting.tell("refused", None)
-                if arrival.rank.rank == 0:  # it may serve the store, which complains at length in those that it leaves
+                if arrival.rank.serves_store:  # unless its launcher does: the store complains at length in those that it leaves
                     meeting.hear("refused", "was not refused", until=time.monotonic() + 1)
         raise
 
@@ -328,23 +243,40 @@ def _compare_clocks(rank: int, arrivals: list[dict[str, Any]], store: dist.Store
     return Clock()
 
 
-def _choose_interface(rank: Rank) -> None:
-    """Ranks of one node talk over the loopback interface: gloo else takes the host name's address, which may lead nowhere.
+def _choose_interface(rank: Rank, backend: str, arrivals: Sequence[Mapping[str, Any]]) -> str:
+    """Sets the group's interface unless the user has: gloo else takes the one of the host name's address, NCCL any.
+
+    Ranks of one node talk over the loopback interface; over several the kernel's route decides.
+
+    Returns:
+        What was chosen and why, where there are several nodes; "" for one.
 
     Raises:
         UsageError: GLOO_SOCKET_IFNAME names an interface that this machine does not have.
     """
+    variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
     if not hasattr(socket, "if_nameindex"):
-        return
-    names = [name for _, name in socket.if_nameindex()]
-    for given in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
-        if given not in names:
-            raise UsageError(
-                f"GLOO_SOCKET_IFNAME={given}: no such interface; this machine has {', '.join(names)}: name one or unset it"
-            )
-    if rank.one_node and "GLOO_SOCKET_IFNAME" not in os.environ:
-        if loopback := next((name for name in ("lo", "lo0") if name in names), None):
-            os.environ["GLOO_SOCKET_IFNAME"] = loopback
+        return ""
+    there = [name for _, name in socket.if_nameindex()]
+    given = os.environ.get(variable, "")
+    for name in filter(None, given.split(",") if backend == "gloo" else ()):
+        if name not in there:
+            raise UsageError(f"{variable}={name}: no such interface; this machine has {', '.join(there)}: name one or unset it")
+    if rank.one_node:
+        loopback = next((name for name in ("lo", "lo0") if name in there), None)
+        if loopback and backend == "gloo" and variable not in os.environ:
+            os.environ[variable] = loopback
+        return ""
+    if variable in os.environ:
+        return f"{backend} over {given}, as {variable} says"
+    others = [a["address"] for a in arrivals if a["node_rank"] != rank.node_rank and a["address"]]
+    interface, why = way_out(rank.master_addr or "", others)
+    if not interface:
+        return f"{backend} over an interface of its own choice: no route to {rank.master_addr} was found"
+    os.environ[variable] = f"={interface.name}" if backend == "nccl" else interface.name  # NCCL takes beginnings of names too
+    if backend == "nccl" and interface.family == socket.AF_INET6:
+        os.environ.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6")
+    return f"{backend} over {interface.name} ({interface.address}): {why}"
 
 
 @contextmanager
@@ -369,9 +301,8 @@ def process_group(arrival: Arrival, device: torch.device, arrived: Callable[[Gro
     backend = choose_backend(arrival.config, device)
     with refused_together(arrival):
         arrivals = _wait_for_all(meeting, arrival.until)
-        if backend == "gloo":
-            _choose_interface(rank)
-    group = Group(rank, device, backend, arrivals, _compare_clocks(rank.rank, arrivals, meeting.store), meeting)
+        network = _choose_interface(rank, backend, arrivals)
+    group = Group(rank, device, backend, arrivals, _compare_clocks(rank.rank, arrivals, meeting.store), meeting, network)
     arrived(group)
     dist.init_process_group(
         backend,

@@ -38,10 +38,15 @@ class Rank:
     master_port: int = 0
     store_is_served: bool = False
     """The launcher already serves a store there (torchrun's agent does); else rank 0 serves it."""
+    serves_store: bool | None = None
+    """Whether this rank serves the store, where the launcher does not; None: rank 0 does, which is known from here on. Such a rank
+    leaves last."""
     store_prefix: str = ""
     """Keeps the keys of one (re)start apart from those of the last one in a store that outlives it."""
     start_method: str | None = None
     """multiprocessing's, where it started this process: spawn, forkserver or fork."""
+    cpus: int | None = None
+    """How many the launcher has granted this rank where it need not bind it to them (SLURM); None: all that it may run on."""
     restart: int = 0
     """How often the launcher has started the group again after a failure."""
     known_at: float = field(default_factory=now, compare=False)
@@ -52,6 +57,8 @@ class Rank:
 
     def __post_init__(self) -> None:
         """Refuses impossible numbers."""
+        if self.serves_store is None:
+            object.__setattr__(self, "serves_store", self.rank == 0)
         if not 0 <= self.rank < self.world_size:
             raise UsageError(
                 f"RANK {self.rank} with WORLD_SIZE {self.world_size}: a rank is 0 to WORLD_SIZE - 1; number the ranks from 0"

@@ -156,4 +156,10 @@ def told(found: dict[str, Any]) -> str:
             lines.append(f"Step of rank {number}, median: {1000 * medians['step']:.3f} ms ({parts})")
         else:
             lines.append(f"Step of rank {number}: too few steps to tell; give more data or --epochs")
+    known = [rank["median"] for rank in found["ranks"] if rank["median"]]
+    if len(known) > 1 and all(m["communication"] > m["forward"] + m["backward"] for m in known):
+        lines.append(
+            "Communication takes longer than computing, so more ranks may be slower than one process: give a larger batch, --sync "
+            "auto, --compress or --accumulate; python benchmarks/compare.py --batch_sizes draws where they break even"
+        )
     return "\n".join(lines)

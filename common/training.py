@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import nullcontext
 
 import common
 from common import events
 from common.config import TrainConfig
+from common.debugging import shown
 from common.endings import watched
 from common.rank import Rank
 
@@ -24,7 +26,7 @@ def train(config: TrainConfig, rank: Rank) -> None:
     phases.mark("ranks_known", rank.known_at)
     if config.events:
         phases.write_to(config.events, rank, clock=events.clock_id())
-    with watched(rank, phases.path):
+    with watched(rank, phases.path), shown(rank.rank) if config.debug else nullcontext():
         there = "common.loop" in sys.modules  # in a forked process
         gc.disable()  # imports make objects and no garbage: looking for it takes 7 % of their time
         from common import loop

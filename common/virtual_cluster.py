@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common import virtual_host
+from common import virtual_host, virtual_slurm
 from common.command_line import Parser, underscored
 from common.errors import UsageError, complain, exit_status
 from common.namespaces import PROGRAM, START_S, Space, environment, last_line, program, unshare
@@ -47,10 +47,10 @@ def missing(ssh: bool = False, slurm: bool = False) -> str:
     packages = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"} | ({"sshd": "openssh-server"} if ssh else {})
     if ssh:
         packages |= {"ssh": "openssh-client", "ssh-keygen": "openssh-client"}
+    if slurm:
+        packages |= virtual_slurm.PACKAGES
     if lacking := sorted({package for tool, package in packages.items() if not program(tool)}):
         return f"a virtual cluster needs {', '.join(lacking)}: apt install {' '.join(lacking)}"
-    if slurm:
-        return "a virtual cluster has no SLURM yet"
     probe = [*unshare(), "ip", "link", "add", "probe", "type", "bridge"]
     ended = subprocess.run(probe, capture_output=True, text=True, timeout=START_S, env=environment())
     if ended.returncode:
@@ -127,7 +127,7 @@ class VirtualCluster:
         """
         self.names = _names(nodes, names)
         self.addresses = {name: f"{NETWORK}{k}" for k, name in enumerate(self.names, 1)}
-        self._rate, self._delay_s = rate, seconds(delay) if delay else 0.0
+        self._rate, self.delay_s = rate, seconds(delay) if delay else 0.0
         if rate:
             bits_per_second(rate)
         self._wants = {"ssh": ssh, "slurm": slurm}
@@ -136,7 +136,7 @@ class VirtualCluster:
         self._hosts: dict[str, Space] = {}
         self._spaces: list[Space] = []
         self._network: Network | None = None
-        self._slurm: Any = None
+        self._slurm: virtual_slurm.Slurm | None = None
         self.environment: dict[str, str] = {}
         """Set for every command on every host."""
 
@@ -179,7 +179,7 @@ class VirtualCluster:
             self._spaces.append(self._hosts[name])
             # Commands get the cores of the host that they are started on: so training takes its share of threads.
             os.sched_setaffinity(self._hosts[name].pid, self.cores[name])
-        self._network = Network(self._holder, self._hosts, self._delay_s)
+        self._network = Network(self._holder, self._hosts, self.delay_s)
         if self._network.relay:
             self._spaces.append(self._network.relay)
         self.set_rate(self._rate)
@@ -187,6 +187,10 @@ class VirtualCluster:
             from common.virtual_ssh import start_daemons
 
             start_daemons(self)
+        if self._wants["slurm"]:
+            self._slurm = virtual_slurm.Slurm(self)
+            self._slurm.start()
+            self.environment |= self._slurm.environment
 
     @property
     def folder(self) -> Path:

@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 from common.config import TrainConfig
+from common.errors import UsageError, complain
 
 
 def default_start_method() -> str:
@@ -26,6 +28,44 @@ def default_start_method() -> str:
     if sys.platform != "linux" or (torch and torch.cuda.is_initialized()):
         return "spawn"
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+def check_start(launcher: str, method: str = "") -> None:
+    """Refuses to start ranks where multiprocessing would fail, or hang.
+
+    Args:
+        launcher: who asks.
+        method: the start method, once it is known.
+
+    Raises:
+        SystemExit: 2, in a process that is itself being started and imports the user's script for it; the first one says why.
+        UsageError: a fork of a process whose threads the ranks would wait for.
+    """
+    process = multiprocessing.current_process()
+    if getattr(process, "_inheriting", False):
+        if process.name.endswith("-1"):
+            frame, script = sys._getframe(), Path(sys.argv[0]).name
+            while frame.f_back:
+                frame = frame.f_back
+                if frame.f_globals.get("__name__") == "__mp_main__":  # as multiprocessing imports it in each rank
+                    script = Path(frame.f_code.co_filename).name
+            complain(
+                f"error: {script} starts ranks as soon as it is imported, and each rank imports it: put the call of {launcher} "
+                'under if __name__ == "__main__":'
+            )
+        raise SystemExit(2)
+    if method == "fork" and "torch" in sys.modules and _threads() > 1:
+        raise UsageError(
+            f"--start_method fork in a process that has imported torch and has {_threads()} threads: they do not survive a fork, "
+            "and after a backward pass the ranks would wait for them for ever; give --start_method forkserver or spawn"
+        )
+
+
+def _threads() -> int:
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return threading.active_count()
 
 
 def start_server(config: TrainConfig, *modules: str) -> None:

@@ -20,15 +20,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import names
-from common.agent import run_agent
-from common.checks import check_world
+from common.agent import meeting_place, run_agent
+from common.checks import check_master, check_world
 from common.command_line import parse_config
 from common.config import ELASTIC_FLAGS, TrainConfig
 from common.errors import UsageError, exit_status
+from common.interfaces import way_in
+from common.nesting import check_nesting
 from common.ports import PortReservation
 from common.rank import Rank
 from common.training import train
-from common.warm import default_start_method, start_server
+from common.warm import check_start, default_start_method, start_server
 
 
 def rank_from_elastic(environment: Mapping[str, str], method: str) -> Rank:
@@ -61,14 +63,19 @@ def worker(config: TrainConfig, method: str) -> int:
 
 def main() -> int:
     """This node's agent."""
+    check_start("elastic.py")
     config = parse_config("elastic.py", __doc__ or "", ELASTIC_FLAGS)
     method = config.start_method or default_start_method()
+    check_start("elastic.py", method)
     per_node, nodes = config.nproc_per_node or 1, config.nnodes
     check_world(config, per_node * nodes)
+    check_nesting("elastic", os.environ, nodes)
     if nodes > 1 and not config.master_addr:
         raise UsageError(f"--nnodes {nodes} without --master_addr: name the host where the nodes meet")
+    check_master(config)
     if method == "forkserver":
         start_server(config, "torch.distributed.elastic.multiprocessing")  # it imports while this process does
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or the agent's store prints C++ frames when its node is gone
     from torch.distributed.launcher.api import LaunchConfig
 
     with PortReservation(config.master_port if nodes == 1 else None) as free_port:
@@ -81,10 +88,11 @@ def main() -> int:
         else:  # the same group forms anew after a node has come or gone, which a store of its own each time survives
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
             launch.rdzv_backend, launch.run_id = "c10d", "launchlab"
-            launch.rdzv_endpoint = f"{config.master_addr}:{config.master_port or 29500}"
+            launch.local_addr = way_in(config.master_addr)  # else its name, which others may not know
+            launch.rdzv_endpoint = meeting_place(config.master_addr, config.master_port or 29500)
             launch.rdzv_configs |= {"last_call_timeout": 2, "keep_alive_interval": 2, "keep_alive_max_attempt": 3}
             launch.rdzv_configs["join_timeout"] = math.ceil(config.patience(one_node=False))
-        return run_agent(launch, worker, config, method)
+        return run_agent(launch, worker, config, method, where=f"{config.master_addr}:{config.master_port or 29500}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ mpirun
 No RANK, no MASTER_ADDR: those are made here from the communicator.
 """
 
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -22,12 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import parse_config
 from common.config import MASTER_FLAGS, TrainConfig
 from common.errors import UsageError, exit_status
+from common.nesting import check_mpirun
 from common.ports import PortReservation
 from common.rank import Rank
+from common.reachability import Probe, reached, reached_by_all
 from common.training import train
 
 try:
-    from mpi4py import MPI  # its import joins the MPI world (MPI_Init)
+    import mpi4py
+
+    mpi4py.rc(initialize=False, finalize=True)  # its import would join the MPI world, also with another MPI's mpirun
+    from mpi4py import MPI
 except (ImportError, RuntimeError) as missing:
     sys.exit(f"error: mpi4py cannot be used ({missing}); pip install mpi4py mpich, and use that environment's mpirun")
 
@@ -40,8 +46,12 @@ def rank_from_mpi(comm: MPI.Intracomm, config: TrainConfig) -> tuple[Rank, PortR
     leaders = comm.Split(0 if local.rank == 0 else 1)  # a node's index is its first rank's place among the nodes' first ranks
     node_rank = local.bcast(leaders.rank)
     port = together(comm, lambda: PortReservation(config.master_port) if comm.rank == 0 else None)
-    address = config.master_addr or ("127.0.0.1" if local.size == comm.size else socket.gethostname())
-    address, number = comm.bcast((address, port.port if port else 0))
+    address = "127.0.0.1"
+    if local.size < comm.size or config.master_addr:
+        with Probe(config.master_addr) if comm.rank == 0 else nullcontext() as probe:
+            told = comm.bcast(probe and probe.told)
+            address = reached_by_all(told, comm.allgather((socket.gethostname(), reached(told))))
+    number = comm.bcast(port.port if port else 0)
     return Rank("mpi", comm.rank, comm.size, local.rank, local.size, node_rank, address, number), port
 
 
@@ -57,6 +67,14 @@ def together(comm: MPI.Intracomm, make: Callable[[], T]) -> T:
     return made[0]
 
 
+def join() -> None:
+    """MPI_Init, once it is clear that this mpirun is of the MPI that mpi4py loads."""
+    vendor = MPI.get_vendor()[0]
+    check_mpirun(vendor, None, os.environ)
+    MPI.Init_thread()
+    check_mpirun(vendor, MPI.COMM_WORLD.size, os.environ)
+
+
 def main() -> None:
     """This process is one rank."""
     comm = MPI.COMM_WORLD
@@ -67,7 +85,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    status = exit_status(main, speaks=MPI.COMM_WORLD.rank == 0)
-    if status not in (0, 2):
+    status = exit_status(join) or exit_status(main, speaks=MPI.COMM_WORLD.rank == 0)
+    if status not in (0, 2) and MPI.Is_initialized():
         MPI.COMM_WORLD.Abort(status)  # leaving with an exception would wait in MPI_Finalize for the others
     sys.exit(status)

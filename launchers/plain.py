@@ -18,11 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.checks import check_world, ranks_to_start
+from common.checks import check_master, check_world, ranks_to_start
 from common.children import wait_for_all
 from common.command_line import parse_config, settings
 from common.config import RANK_FLAGS, TrainConfig
 from common.errors import UsageError, exit_status
+from common.nesting import check_nesting
 from common.ports import PortReservation
 from common.rank import Rank, on_this_machine, rank_number
 from common.training import train
@@ -50,6 +51,7 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
 
 def start_ranks(config: TrainConfig, per_node: int, world_size: int) -> int:
     """Starts this node's ranks as ordinary processes and waits for them; returns the exit status."""
+    check_master(config)
     several = config.nnodes > 1
     with PortReservation(None if several else config.master_port) as free_port:
         group = {
@@ -64,13 +66,14 @@ def start_ranks(config: TrainConfig, per_node: int, world_size: int) -> int:
             rank = config.node_rank * per_node + local_rank
             variables = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": local_rank}).items()}
             children[rank] = subprocess.Popen([sys.executable, *sys.argv], env=os.environ | variables)
-        return wait_for_all(children, "plain.py")
+        return wait_for_all(children, f"plain.py (node {config.node_rank})" if several else "plain.py")
 
 
 def main() -> int:
     """One rank if the environment says so or one is all that is asked for; else the start of several."""
     environment = settings()
     config = parse_config("plain.py", __doc__ or "", RANK_FLAGS, environment=environment)
+    check_nesting("plain", environment, config.nnodes)
     rank = rank_from_environment(environment)
     per_node, world_size = ranks_to_start(config, default_per_node=rank.local_world_size)
     check_world(config, world_size)

@@ -20,15 +20,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.checks import check_world, ranks_to_start
+from common.checks import check_master, check_world, ranks_to_start
 from common.children import Process, end, wait_for_all
 from common.command_line import parse_config, settings
 from common.config import SPAWN_FLAGS, TrainConfig
-from common.errors import UsageError, exit_status
+from common.errors import exit_status
+from common.nesting import check_nesting
 from common.ports import PortReservation
 from common.rank import Rank
 from common.training import train
-from common.warm import default_start_method, start_server
+from common.warm import check_start, default_start_method, start_server
 
 
 def rank_from_spawn(local_rank: int, per_node: int, world_size: int, config: TrainConfig, port: int, method: str) -> Rank:
@@ -54,11 +55,12 @@ def worker(local_rank: int, per_node: int, world_size: int, config: TrainConfig,
 
 def main() -> int:
     """Starts this node's ranks and waits for them."""
+    check_start("spawn.py")
     environment = settings()
     config = parse_config("spawn.py", __doc__ or "", SPAWN_FLAGS, environment=environment)
-    if nested := [f"{name}={environment[name]}" for name in ("RANK", "WORLD_SIZE") if environment.get(name)]:
-        raise UsageError(f"{' '.join(nested)} in the environment: spawn.py numbers its ranks itself; unset it, or use plain.py")
+    check_nesting("spawn", environment, config.nnodes)
     method = config.start_method or default_start_method()
+    check_start("spawn.py", method)
     if method == "forkserver":
         start_server(config)  # it imports while this process goes on
     if config.world_size and config.nnodes == 1:
@@ -68,6 +70,7 @@ def main() -> int:
 
         per_node, world_size = ranks_to_start(config, default_per_node=visible_gpus() or 4)
     check_world(config, world_size)
+    check_master(config)
     if method == "fork":
         import common.loop  # noqa: F401  then its copies have it
 
@@ -86,7 +89,8 @@ def main() -> int:
             end(children)
             raise
         try:
-            return wait_for_all(children, "spawn.py", [child.process.sentinel for child in children.values()])
+            name = f"spawn.py (node {config.node_rank})" if several else "spawn.py"
+            return wait_for_all(children, name, [child.process.sentinel for child in children.values()])
         finally:
             gc.freeze()  # as in a rank: where this process has imported torch, its last collections would take half a second
 

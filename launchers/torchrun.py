@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import parse_config
 from common.errors import UsageError, exit_status
+from common.nesting import check_nesting
 from common.rank import Rank, rank_number
 from common.training import train
 
@@ -50,6 +51,7 @@ def rank_from_torchrun(environment: Mapping[str, str]) -> Rank:
 def main() -> None:
     """This process is one rank."""
     config = parse_config("torchrun.py", __doc__ or "")
+    check_nesting("torchrun", os.environ)
     rank = rank_from_torchrun(os.environ)
     train(config, rank)
 

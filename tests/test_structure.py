@@ -124,7 +124,9 @@ def test_common_and_launchers_need_nothing_else():
     assert {(n, p) for n, ps in IMPORTS.items() if not n.startswith("benchmarks/") for p in ps - known} == set()
 
 
-@pytest.mark.parametrize("name", ["watch", "ports", "children", "config", "rank", "errors", "files", "events", "training", "warm"])
+@pytest.mark.parametrize(
+    "name", ["watch", "reporter", "ports", "children", "config", "rank", "errors", "files", "events", "training", "warm"]
+)
 def test_what_a_parent_needs_comes_without_torch(name):
     """A launcher's parent, and the watcher, start quickly: they import no torch, not even through others."""
     seen, waiting = set(), [f"common/{name}.py"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import multiprocessing
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +69,24 @@ def _script(folder: str, name: str) -> str:
     return str(path)
 
 
+@functools.cache
+def _srun() -> str:
+    """The path of srun.
+
+    Raises:
+        UsageError: it is not installed, or no SLURM answers.
+    """
+    srun = program("srun")
+    asked = subprocess.run([program("sinfo"), "--noheader"], capture_output=True, text=True, timeout=30, check=False)
+    if asked.returncode:
+        said = (asked.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise UsageError(
+            f"srun is here, but no SLURM ({said}): go to a cluster's login node, or type python -m common.virtual_cluster --slurm, "
+            "or leave slurm out of --launchers"
+        )
+    return srun
+
+
 def mpirun(ranks: str, mpi: Mpi | None = None, as_shipped: bool = False) -> tuple[list[str], dict[str, str]]:
     """(command line up to the program, variables to add) for so many ranks, as root too and with more ranks than cores.
 
@@ -116,7 +136,7 @@ def command(case: Case, flags: list[str]) -> tuple[list[str], dict[str, str | No
     if case.launcher == "elastic":
         return [python, script, "--nproc_per_node", n, *flags], variables
     if case.launcher == "slurm":
-        return [program("srun"), f"--ntasks={n}", python, script, *flags], variables
+        return [_srun(), f"--ntasks={n}", python, script, *flags], variables
     mpi = mpis.named(case.variant)
     words, more = mpirun(n, mpi, shipped)
     return [*words, mpi.python, script, "--master_port", "0", *flags], variables | more

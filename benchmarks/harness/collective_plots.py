@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.bandwidth import size_text
-from benchmarks.harness.collective_report import Fitted, Row, ceiling, is_copy
+from benchmarks.harness.collective_report import Fitted, Row, ceiling, is_copy, is_over_link, link_bus_bytes_per_s
 from benchmarks.harness.links import Fit
 from benchmarks.harness.plots import both, with_range
 from benchmarks.harness.statistics import Spread
@@ -45,6 +45,9 @@ def _one(rows: Sequence[Row], fitted: Sequence[Fitted], n: int, folder: Path, na
             label = case.title if column == 0 else None
             with_range(upper, [(r.n_bytes, _scaled(r.seconds, 1e6)) for r in points], number, label, linestyle="none")
             with_range(lower, [(r.n_bytes, _scaled(r.algorithm, 1e-9)) for r in points], number, None)
+            if (most := link_bus_bytes_per_s(case)) and points and points[0].factor:
+                level = most / points[0].factor / 1e9
+                lower.axhline(level, color=COLOURS[number % len(COLOURS)], linestyle=":", linewidth=1.4)
             found = next((f.fit for f in fitted if (f.case, f.collective) == (case, kind)), None)
             upper.plot(*_line(found, points), color=COLOURS[number % len(COLOURS)], linewidth=0.9)
         for copy, (colour, style, label) in COPY_STYLES.items():
@@ -66,11 +69,14 @@ def _one(rows: Sequence[Row], fitted: Sequence[Fitted], n: int, folder: Path, na
     bounds = sum(label in [text for *_, text in COPY_STYLES.values()] for label in labels)  # plain lines come first; put them last
     drawn.legend(handles[bounds:] + handles[:bounds], labels[bounds:] + labels[:bounds], loc="outside right center", fontsize=9)
     crowded = ", more than cores" if n > cores else ""
-    drawn.suptitle(f"Collectives of {n} rank{'s' * (n > 1)}{crowded}, float32, one thread each", fontsize=12)
-    note = (
-        "Sizes and algorithm bandwidth as nccl-tests defines them. Ceiling: every rank at once copies what must cross to it "
-        "(all_reduce 2(N-1)/N of the size, all_gather and reduce_scatter (N-1)/N, broadcast all of it)."
-    )
+    hosts = " on several hosts, by the rate of their links" if any(is_over_link(case) for case in cases) else ""
+    drawn.suptitle(f"Collectives of {n} rank{'s' * (n > 1)}{hosts}{crowded}, float32, one thread each", fontsize=12)
+    note = "Sizes and algorithm bandwidth as nccl-tests defines them."
+    crosses = "(all_reduce 2(N-1)/N of the size, all_gather and reduce_scatter (N-1)/N, broadcast all of it)"
+    if any(is_copy(row) for row in rows):
+        note += f" Ceiling: every rank at once copies what must cross to it {crosses}."
+    if any(link_bus_bytes_per_s(case) for case in cases):
+        note += f" Dotted: what must cross to a rank {crosses} at the link's rate."
     return both(drawn, folder, name, f"{note} {caption}")
 
 

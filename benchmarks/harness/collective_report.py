@@ -12,6 +12,7 @@ from rich.table import Table
 
 from benchmarks.harness.bandwidth import bus_factor, size_text
 from benchmarks.harness.cases import Case
+from benchmarks.harness.cluster import bytes_per_s, parse_rate
 from benchmarks.harness.collective_runs import COPIES, MEMORY_COPY
 from benchmarks.harness.links import FEWEST_SIZES, Fit, Link, fit
 from benchmarks.harness.report import OVERSUBSCRIBED, show_noisy, table
@@ -74,10 +75,10 @@ class Row:
         return told | {"algorithm_gb_per_s": bandwidth, "bus_gb_per_s": bandwidth * self.factor}
 
 
-def summarise(session: Session) -> list[Row]:
-    """A row a case, collective and size, in the order in which they were first measured."""
+def summarise(session: Session, role: str = "timed") -> list[Row]:
+    """A row a case, collective and size of the runs of ``role``, in the order in which they were first measured."""
     found: dict[tuple[Case, str, int], Row] = {}
-    for sample in sorted(session.of("timed"), key=_order):
+    for sample in sorted(session.of(role), key=_order):
         assert sample.result
         for each in sample.result["measured"]:
             key = (sample.job.case, each["collective"], each["size"])
@@ -155,7 +156,7 @@ class Standing:
         for kind, s in self.of_copies.items():
             share = f"{s.median:.0%}{f' ({s.low:.0%}–{s.high:.0%})' * (s.samples > 1)}"
             told.append(f"{share} of {COPIES_IN_WORDS[kind]}")
-        return f"{head}: {self.row.algorithm.median / 1e9:.2f} GB/s{''.join(f', {text}' for text in told)}."
+        return f"{head}: {_gb(gb := self.row.algorithm.median / 1e9, 10 * gb)} GB/s{''.join(f', {text}' for text in told)}."
 
     def as_json(self) -> dict[str, Any]:
         """For a result file."""
@@ -195,6 +196,32 @@ def _ratio(above: Row, below: Row, factor: float = 1.0) -> Spread | None:
     return Spread(ratio * factor, paired.low * factor, paired.high * factor, paired.samples)
 
 
+def is_over_link(case: Case) -> bool:
+    """Whether its ranks are on several hosts; its variant is their links' rate then."""
+    try:
+        return bool(parse_rate(case.variant))
+    except ValueError:
+        return False
+
+
+def link_bus_bytes_per_s(case: Case) -> float | None:
+    """What the link of ``case`` can carry, where it is one of a known rate: a bound of bus bandwidth."""
+    return bytes_per_s(case.variant) if is_over_link(case) else None
+
+
+def link_sentences(rows: Sequence[Row]) -> list[str]:
+    """How much of each link's rate the largest all-reduce over it gets."""
+    told = []
+    for case in dict.fromkeys(row.case for row in rows if link_bus_bytes_per_s(row.case)):
+        mine = [row for row in rows if row.case == case and row.collective == "all_reduce"]
+        bound = link_bus_bytes_per_s(case)
+        if mine and bound:
+            row = max(mine, key=lambda each: each.n_bytes)
+            share = row.algorithm.median * row.factor / bound
+            told.append(f"all_reduce of {size_text(row.n_bytes)}, {case.name}: {share:.0%} of what the link's rate allows.")
+    return told
+
+
 # -------------------------------------------------------------------------------------------------------- on the screen
 
 
@@ -229,7 +256,7 @@ def tables(rows: Sequence[Row], fitted: Sequence[Fitted], repeats: int, cores: i
     if fitted:
         shown = table("", "collective", "way", "ranks", "α µs", "β GB/s", "median error", "largest error")
         for f in fitted:
-            beta = f"{f.fit.beta_bytes_per_s / 1e9:.2f}" if f.fit.beta_bytes_per_s < float("inf") else "∞"
+            beta = _gb(b := f.fit.beta_bytes_per_s / 1e9, 10 * b) if f.fit.beta_bytes_per_s < float("inf") else "∞"
             errors = (f"{f.fit.median_error:.0%}", f"{f.fit.largest_error:.0%}")
             shown.add_row(f.collective, f.case.title, str(f.case.world_size), f"{f.fit.alpha_s * 1e6:.1f}", beta, *errors)
         made.append(("t = α + n/β, fitted to the medians; errors relative to each time", shown))
@@ -239,13 +266,17 @@ def tables(rows: Sequence[Row], fitted: Sequence[Fitted], repeats: int, cores: i
 def _cells(row: Row) -> list[str]:
     s = row.seconds
     bandwidth = row.algorithm.median / 1e9
-    digits = 2 if bandwidth >= 1 else 3
-    bus = "" if is_copy(row) else f"{bandwidth * row.factor:.{digits}f}" if row.factor else "–"
+    bus = "" if is_copy(row) else _gb(bandwidth * row.factor, bandwidth) if row.factor else "–"
     time = f"{s.median * 1e6:,.{0 if s.median >= 100e-6 else 1}f}"
     if s.samples > 1:  # the whole range, in every cell, would not fit on a screen
         farthest = max(s.high - s.median, s.median - s.low) / s.median
         time += f" ±{farthest:>3.0%}" if farthest < 9.995 else " ±>999%"
-    return [time, f"{bandwidth:.{digits}f}", bus]
+    return [time, _gb(bandwidth, bandwidth), bus]
+
+
+def _gb(value: float, beside: float) -> str:
+    """Gigabytes per second with the digits that ``beside`` asks for; slow links need more."""
+    return f"{value:.{2 if beside >= 1 else 3 if beside >= 0.1 else 4}f}"
 
 
 def tell(console: Console, rows: Sequence[Row], standing: Sequence[Standing], sizes: int, cores: int) -> None:

@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import cases, mpis
 from benchmarks.harness.cases import Case
+from benchmarks.harness.cluster import MASTER_PORT, Hosts
 from benchmarks.harness.runner import REPOSITORY
 from benchmarks.harness.session import Job, Start
 from common.errors import RunError, UsageError
@@ -35,6 +36,10 @@ class Plan:
     sizes: Sequence[int]
     """Bytes."""
     limit_s: float
+    nodes: int = 1
+    """Hosts that share the ranks evenly."""
+    bytes_per_s: float | None = None
+    """Of a link that is known to be slow: what takes long is called less often."""
 
     def as_text(self) -> str:
         """As JSON."""
@@ -135,6 +140,20 @@ def start(job: Job, folder: Path) -> Start:
         words = [sys.executable, *words]
     shown = [f"'{word}'" if word in job.flags else "FOLDER" if word == str(folder) else word for word in words]
     return Start(words, variables, cases.shown(shown), Path.cwd())
+
+
+def start_on(hosts: Hosts) -> Callable[[Job, Path], Start]:
+    """What starts the ranks of a job over links whose rate is its case's variant."""
+
+    def start(job: Job, folder: Path) -> Start:
+        hosts.set_rate(job.case.variant)
+        plan = Plan.from_text(job.flags[0])
+        where = ["NODE_RANK={rank}", "MASTER_ADDR={master}", f"MASTER_PORT={MASTER_PORT}", "OMP_NUM_THREADS=1"]
+        words = ["env", *where, sys.executable, str(PROGRAM)]
+        typed = hosts.typed(plan.nodes, [*words, f"'{job.flags[0]}'", "FOLDER"])
+        return Start(hosts.words(plan.nodes, [*words, job.flags[0], str(folder)], Path.cwd()), {"RANK": None}, typed, Path.cwd())
+
+    return start
 
 
 def read(job: Job, folder: Path, started: float) -> dict[str, Any]:

@@ -48,6 +48,12 @@ def parser(description: str) -> Parser:
         metavar="US,GBIT",
         help="predict for this link too: microseconds a message, gigabits per second (may be given several times)",
     )
+    p.add_argument("--nodes", nargs="+", metavar="N", help="instead: on so many hosts of a virtual cluster (as 1 2 4); with it:")
+    p.add_argument("--rate", nargs="+", metavar="RATE", help="of the links, each measured (default: unlimited 1gbit 100mbit)")
+    p.add_argument("--delay", metavar="TIME", help="of a link, one way: 2ms (default: none)")
+    p.add_argument("--nproc_per_node", metavar="N", help="ranks on each host (default: 1)")
+    ways = "of ddp, fp16, bf16, int8, powersgd, accumulate, accumulate:K (default: ddp fp16 powersgd accumulate)"
+    p.add_argument("--ways", nargs="+", metavar="NAME", help=f"what is sent, {ways}")
     p.add_argument("--no_prediction", action="store_true", help="leave out the prediction, and the runs that it needs")
     p.add_argument("--no_parity", action="store_true", help="leave out the runs that the verdict on the loss needs")
     return p
@@ -155,7 +161,7 @@ class Comparison:
                 flags = tuple(self.flags_of(whole_machine))
                 round_.append(Job(whole_machine, "baseline", flags, repeat, f"all threads, {label}"))
             for batch in self.computed():
-                flags = tuple(self.flags_of_batch(batch))
+                flags = tuple(flags_of_batch(self.flags, self.config, batch))
                 round_.append(Job(one, "compute", flags, repeat, f"batch of {batch}, {label}"))
             jobs += round_ if repeat % 2 == 0 else round_[::-1]
         return jobs
@@ -167,21 +173,7 @@ class Comparison:
 
     def computed(self) -> list[int]:
         """Smaller batches at which one process's step is timed for the prediction; with weak scaling a rank's batch stays."""
-        if not self.links or self.weak:
-            return []
-        batch = self.config.global_batch(1)
-        known = train_size(self.config) is not None  # else a batch of 1 may take for ever
-        return prediction.batch_sizes(batch, 1 if known else -(-batch // 4))
-
-    def flags_of_batch(self, batch: int) -> list[str]:
-        """Training flags of one process's run at a smaller batch, at a rate at which a batch of one sample does no harm."""
-        flags = self.flags
-        for name in ("--global_batch_size", "--epochs", "--learning_rate", "--lr"):
-            flags = without(flags, name)
-        flags += ["--global_batch_size", str(batch), "--epochs", "1", "--lr", "0.0001"]
-        if (size := train_size(self.config)) and self.config.dataset != "digits":
-            flags = [*without(flags, "--data_size"), "--data_size", str(min(size, max(batch, prediction.STEPS * batch)))]
-        return alone(flags)
+        return smaller_batches(self.config) if self.links and not self.weak else []
 
     def untimed(self) -> list[Job]:
         """What the verdict on the loss needs: float64 runs, references and the plot's control; of lossy runs a lossless one."""
@@ -219,6 +211,23 @@ class Comparison:
                     check_world(parse_config("compare.py", argv=flags), case.world_size)
                     jobs.append(Job(case, "batch", tuple(flags), repeat, f"batch size {size}"))
         return jobs
+
+
+def smaller_batches(config: TrainConfig) -> list[int]:
+    """The batches at which one process's step is timed besides the whole one, for the prediction."""
+    batch = config.global_batch(1)
+    known = train_size(config) is not None  # else a batch of 1 may take for ever
+    return prediction.batch_sizes(batch, 1 if known else -(-batch // 4))
+
+
+def flags_of_batch(flags: list[str], config: TrainConfig, batch: int) -> list[str]:
+    """Training flags of one process's run at a smaller batch, at a rate at which a batch of one sample does no harm."""
+    for name in ("--global_batch_size", "--epochs", "--learning_rate", "--lr"):
+        flags = without(flags, name)
+    flags = [*flags, "--global_batch_size", str(batch), "--epochs", "1", "--lr", "0.0001"]
+    if (size := train_size(config)) and config.dataset != "digits":
+        flags = [*without(flags, "--data_size"), "--data_size", str(min(size, max(batch, prediction.STEPS * batch)))]
+    return alone(flags)
 
 
 def alone(flags: list[str]) -> list[str]:

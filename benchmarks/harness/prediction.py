@@ -46,16 +46,18 @@ class Model:
     """c0 as its α, in seconds; c1 as 1/β, where a "byte" is a sample."""
     gradient_bytes: float
     batch: int
-    """Samples a step: over all ranks, or of each rank where the scaling is weak."""
+    """Samples a backward pass: over all ranks, or of each rank where the scaling is weak."""
     weak: bool = False
+    passes: int = 1
+    """Backward passes a step, each of ``batch`` samples, before one all-reduce (--accumulate)."""
 
     def samples(self, ranks: int) -> int:
-        """Samples a step of the slowest of ``ranks`` ranks."""
+        """Samples a backward pass of the slowest of ``ranks`` ranks."""
         return self.batch if self.weak else max(1, -(-self.batch // ranks))
 
     def compute_seconds(self, ranks: int) -> float:
         """What such a rank's step takes without communication."""
-        return self.compute.seconds(self.samples(ranks))
+        return self.passes * self.compute.seconds(self.samples(ranks))
 
     def step_seconds(self, link: Link, ranks: int) -> float:
         """What a step takes."""

@@ -121,6 +121,10 @@ def read_launcher(job: Job, folder: Path, started: float) -> dict[str, Any]:
     return result
 
 
+def _what(job: Job) -> str:
+    return f"{job.case.name}, {job.label or job.role}"
+
+
 def _batches(jobs: Sequence[Job], together: int) -> Iterator[Sequence[Job]]:
     """The jobs that are run at once, in order."""
     for name, neighbours in itertools.groupby(jobs, lambda job: job.beside):
@@ -148,7 +152,7 @@ class Session:
 
         A KeyboardInterrupt ends the runs in progress with all their processes, and is raised on.
         """
-        with tempfile.TemporaryDirectory(prefix="launchlab-") as folder, self._progress(len(jobs)) as advance:
+        with tempfile.TemporaryDirectory(prefix="launchlab-") as folder, self._progress(jobs) as advance:
             number = 0
             for at_once in _batches(jobs, together):
                 running: list[tuple[Job, Start, Path, float, Running]] = []
@@ -173,9 +177,10 @@ class Session:
                         process.kill()
 
     @contextmanager
-    def _progress(self, total: int) -> Iterator[Any]:
+    def _progress(self, jobs: Sequence[Job]) -> Iterator[Any]:
         """Shows a bar with what is running and the time left; on what is no terminal, a line a run."""
-        began, ended = time.monotonic(), 0
+        began, ended, total = time.monotonic(), 0, len(jobs)
+        width = max((len(_what(job)) for job in jobs), default=0)
         interactive = self.console.is_terminal
         bar = Progress(
             TextColumn("{task.description}", table_column=None),
@@ -193,11 +198,11 @@ class Session:
             ended += done
             left = (time.monotonic() - began) / ended * (total - ended) if ended else None
             ahead = f"about {left / 60:.0f} min left" if left and left > 90 else f"about {left:.0f} s left" if left else ""
-            what = f"{job.case.name}, {job.label or job.role}"
-            bar.update(task, description=f"{what:<44}", completed=ended, left=ahead)
+            what = f"{_what(job):<{width}}"
+            bar.update(task, description=what, completed=ended, left=ahead)
             if sample and (sample.failure or not interactive):
                 how = "FAILED" if sample.failure else f"{sample.wall_seconds:5.1f} s"
-                self.console.print(f"[{ended}/{total}] {what:<44} {how}  {ahead}", markup=False, highlight=False)
+                self.console.print(f"[{ended}/{total}] {what} {how}  {ahead}", markup=False, highlight=False)
 
         with bar:
             task = bar.add_task("", total=total, left="")

@@ -55,6 +55,7 @@ TAKEN_AND_REFUSED = {
     "log_every": ([("0", 0), ("10", 10)], ["-1", "x", "0.5", ""]),
     "log_all_ranks": ([], []),  # a switch: its own tests below
     "inspect": ([], []),  # and another
+    "debug": ([], []),  # and another, which no variable sets
     "plot": ([("a.png", "a.png"), ("b.SVG", "b.SVG"), ("c.pdf", "c.pdf")], ["a.gif", "a", "", " ", "missing/a.png"]),
     "save": ([("a.pt", "a.pt")], ["", "  ", "missing/a.pt", "."]),
     "result": ([("a.json", "a.json")], ["", "  ", "missing/a.json", ".."]),
@@ -106,7 +107,8 @@ def test_a_bad_variable_is_refused_by_its_own_name(name, text):
 
 
 @given(
-    st.sampled_from(sorted(set(FIELDS) - {"plot", "save", "result", "events", "log_all_ranks", "inspect"})), st.text(max_size=12)
+    st.sampled_from(sorted(set(FIELDS) - {"plot", "save", "result", "events", "log_all_ranks", "inspect", "debug"})),
+    st.text(max_size=12),
 )
 def test_any_text_is_taken_or_refused_in_one_line(name, text):
     try:

@@ -45,7 +45,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     ],
 )
 def test_what_launches(line):
-    assert events.is_launching(line.split(" ") if not line.startswith("slurm") else ["slurmstepd", "[7.0]"])
+    assert events.is_launching([line] if line.startswith("slurm") else line.split(" "))  # it renames itself: one word
 
 
 def test_multiprocessing_children_belong_to_a_launch():
@@ -202,6 +202,19 @@ def test_the_first_failure_is_named_and_the_rest_are_ended_in_time(capfd, monkey
     status, took = wait(SLEEP, code, DEAF)
     assert status == 1 and took < 5
     assert capfd.readouterr().err == f"test.py: rank 1 ended first, with {said}.\n"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "said"),
+    [
+        ((1, -15), ""),  # it told of its failure, and the watcher asked the other to leave
+        ((1, -9), "rank 1 ended first, with SIGKILL."),
+        ((0, -15), "the rank here ended with SIGTERM."),
+        ((-15, -15), "all ranks here ended with SIGTERM."),
+    ],
+)
+def test_who_has_told_of_its_end_is_not_blamed(statuses, said):
+    assert children.to_blame(list(enumerate(statuses))) == said
 
 
 def test_patience_and_the_last_second_are_within_the_promise():

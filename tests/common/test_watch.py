@@ -1,6 +1,5 @@
 """watch.py and endings.py with real processes: who failed, what is said, and that nothing is left."""
 
-import contextlib
 import os
 import re
 import signal
@@ -12,97 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from common import watch
+from common import reporter
 from common.endings import lost_a_peer, watched
 from common.errors import RunError, UsageError
 from common.rank import Rank
 from tests.common.helpers import ROOT, end_group, start, until
+from tests.common.watching import ASKED_TO_LEAVE, DEAF, DONE, KILLED, SLEEP, Run, failing, key_address, watcher_of, watchers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the watcher needs pidfds")
 
-CHILD = f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from common.watch import Reporter
-key, rank, parent, code = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-reporter = Reporter(key, {{"rank": rank, "host": "here", "parents": [parent] * bool(parent)}})
-print("here", flush=True)
-sys.stdin.readline()  # "go"
-exec(code)
-"""
-SLEEP = "time.sleep(60)"
-DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-DONE = "reporter.tell(event='done'); reporter.close()"
-KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
-ASKED_TO_LEAVE = "os.kill(os.getpid(), signal.SIGTERM)"
 # Before Linux 6.16 nothing tells how a process ended that was reaped before the watcher was up.
 TOLD_AFTERWARDS = sys.platform == "linux" and tuple(int(n) for n in os.uname().release.split(".")[:2]) >= (6, 16)
-
-
-def watchers(key):
-    """Whether this key's watcher still holds its name."""
-    return key_address(key).encode() in Path("/proc/net/unix").read_bytes()
-
-
-def key_address(key):
-    import hashlib
-
-    key += os.readlink("/proc/self/ns/pid")
-    return f"@launchlab-{os.getuid()}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-
-
-def watcher_of(ranks):
-    """(pid, session) of the processes that run watch.py and were started by one of these ranks."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if watch.__file__.encode() in argv and int(fields[1]) in {rank.pid for rank in ranks}:
-                found.append((int(pid), int(fields[3])))
-    return found
-
-
-def holds(pid, ranks):
-    """Whether a watcher holds a pidfd of each of these ranks."""
-    with contextlib.suppress(OSError):
-        held = " ".join(path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir())
-        return {str(rank.pid) for rank in ranks} <= set(re.findall(r"\bPid:\t(\d+)", held))
-    return False
-
-
-class Run:
-    """The ranks of one run on this node, each a small process."""
-
-    def __init__(self, folder, *codes, parent=0, key=None, watched=True):
-        self.key = key or uuid.uuid4().hex
-        self.log = folder / f"{uuid.uuid4().hex}.err"
-        self.ranks = []
-        with self.log.open("wb") as log:
-            for rank, code in enumerate(codes):
-                argv = [sys.executable, "-I", "-S", "-c", CHILD, self.key, str(rank), str(parent), code]
-                self.ranks.append(start(argv, stdin=-1, stderr=log))
-        for rank in self.ranks:
-            assert rank.stdout.readline() == "here\n"
-        if watched and not parent:  # with one that may be gone already, the watcher may have done its work by now
-            assert until(lambda: watcher_of(self.ranks))
-            ((self.watcher, self.session),) = watcher_of(self.ranks)
-            assert until(lambda: holds(self.watcher, self.ranks))
-
-    def go(self, *which):
-        for index in which or range(len(self.ranks)):
-            with contextlib.suppress(BrokenPipeError):  # ended already
-                self.ranks[index].stdin.write("go\n")
-                self.ranks[index].stdin.flush()
-
-    def statuses(self, limit=10):
-        """How all ended; the watcher must have left soon after."""
-        ended = [rank.wait(limit) for rank in self.ranks]
-        assert until(lambda: not watchers(self.key)), "the watcher stayed"
-        return ended
-
-    def said(self):
-        return self.log.read_text()
 
 
 @pytest.fixture
@@ -152,10 +71,6 @@ def test_ranks_that_ignore_sigterm_are_ended_within_5_seconds(begin):
     assert run.said().count("\n") == 1 and run.said().startswith("Rank 0 on here")
 
 
-def failing(event, cause, first=0.0):
-    return f"time.sleep({first}); heard = reporter.tell_and_wait(event={event!r}, cause={cause!r}); sys.exit(1 if heard else 99)"
-
-
 @linux
 def test_the_cause_wins_over_a_peer_that_noticed_first(begin):
     run = begin(failing("lost a peer", "lost another rank: closed"), failing("failed", "failed: it broke", 0.15), SLEEP)
@@ -182,7 +97,7 @@ def test_a_lost_peer_alone_is_told(begin):
 
 @linux
 def test_of_two_failures_the_first_is_told_with_its_traceback(begin):
-    traced = "reporter.tell_and_wait(event='failed', cause='failed: one', traceback='Traceback: line 1\\n'); sys.exit(1)"
+    traced = "reporter.ask(event='failed', cause='failed: one', traceback='Traceback: line 1\\n'); sys.exit(1)"
     run = begin(traced, failing("failed", "failed: two", 0.15))
     run.go()
     first, second = run.statuses()
@@ -223,7 +138,7 @@ def test_a_failure_is_heard_at_the_latest_when_the_time_to_settle_is_over(begin)
     run = begin("began = time.monotonic(); " + failing("failed", "failed: x") + "", SLEEP)
     began = time.monotonic()
     run.go()
-    assert run.ranks[0].wait(5) == 1 and time.monotonic() - began < watch.REPLY_S
+    assert run.ranks[0].wait(5) == 1 and time.monotonic() - began < reporter.REPLY_S
     run.statuses()
 
 
@@ -295,7 +210,7 @@ def test_the_watcher_is_one_process_in_a_session_of_its_own(begin):
 
 def late_watcher(run, listener):
     """Starts the watcher of a run by hand, as its first rank does."""
-    argv = [sys.executable, "-I", "-S", watch.__file__, str(listener.fileno())]
+    argv = [sys.executable, "-I", "-S", reporter.PROGRAM, str(listener.fileno())]
     with run.log.open("ab") as log:
         return start(argv, pass_fds=[listener.fileno()], stderr=log)
 
@@ -325,15 +240,36 @@ def test_ranks_that_are_gone_before_the_watcher_is_up_are_not_forgotten(begin, c
 
 
 @linux
+def test_a_watcher_whose_rank_died_before_it_connected_leaves(tmp_path):
+    """The rank is killed between starting the watcher and its first word, as a launcher may that ends all."""
+    key = uuid.uuid4().hex
+    code = f"""
+import os, socket, subprocess, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("\\0" + {key_address(key)[1:]!r})
+listener.listen()
+subprocess.Popen([sys.executable, "-I", "-S", {reporter.PROGRAM!r}, str(listener.fileno())], pass_fds=[listener.fileno()],
+                 stdout=-3, start_new_session=True)
+os._exit(0)
+"""
+    rank = start([sys.executable, "-I", "-S", "-c", code])
+    try:
+        assert rank.wait(10) == 0
+        assert until(lambda: not watchers(key))
+    finally:
+        end_group(rank)
+
+
+@linux
 def test_a_rank_whose_watcher_is_gone_goes_on_and_knows():
     """Nobody listens: telling does no harm, and a failed rank learns that it must speak for itself."""
     mine, other = socket.socketpair()
     other.close()
-    reporter = watch.Reporter.__new__(watch.Reporter)
-    reporter._socket = mine
-    reporter.tell(event="done")
-    assert reporter.tell_and_wait(event="failed", cause="x") is False
-    reporter.close()
+    rank = reporter.Reporter.__new__(reporter.Reporter)
+    rank._socket = mine
+    rank.tell(event="done")
+    assert rank.ask(event="failed", cause="x") is None
+    rank.close()
 
 
 # ------------------------------------------------------------------------------------------- without a watcher

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from common.config import FIELDS
+from common.interfaces import interfaces
 from common.virtual_cluster import VirtualCluster, missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,8 @@ OPEN_MPI = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
 }
+# By which two "nodes" on this machine find each other: a loopback address with several nodes is refused.
+HERE = next((i.address for i in interfaces() if not i.is_loopback and not i.one_link_only), "no address but loopback")
 LIMIT_S = 120.0
 LEAVE_S = 5.0  # all of a run's processes are gone within this time of the command's end
 

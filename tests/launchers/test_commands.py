@@ -6,7 +6,7 @@ import re
 import socket
 
 import pytest
-from running import ALL, FORKED, MPIS, ROOT, Run, command, run
+from running import ALL, FORKED, HERE, MPIS, ROOT, Run, command, run
 
 from common.warm import default_start_method
 
@@ -211,7 +211,7 @@ def test_two_nodes(tmp_path, launcher, order, free_port):
             "--nproc_per_node",
             2,
             "--master_addr",
-            "127.0.0.1",
+            HERE,
             "--master_port",
             free_port,
         )

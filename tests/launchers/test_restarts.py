@@ -8,7 +8,7 @@ import time
 
 import psutil
 import pytest
-from running import Run, command, is_listening, tracebacks_of_ours
+from running import HERE, Run, command, is_listening, tracebacks_of_ours
 
 from common import events, now
 
@@ -178,7 +178,7 @@ def test_a_new_fork_server_takes_over(tmp_path):
 
 def node(tmp_path, nodes, port, *flags, **env):
     """One agent of several on this machine, with one rank."""
-    where = ("--nnodes", nodes, "--master_addr", "127.0.0.1", "--master_port", port, "--events", tmp_path / "events")
+    where = ("--nnodes", nodes, "--master_addr", HERE, "--master_port", port, "--events", tmp_path / "events")
     return Run(command("elastic", 1, "--max_restarts", 3, *LONG, *where, *flags), cwd=tmp_path, **env)
 
 
@@ -196,13 +196,13 @@ def test_two_nodes_go_on_after_a_rank_is_killed(tmp_path, free_port):
     assert first.finish().status == 130
     alone = second.finish()  # the agent that served the nodes' store is gone
     assert alone.status == 1 and "Traceback" not in alone.err, str(alone)
-    assert re.search(rf"^elastic.py: no group at 127.0.0.1:{free_port}, where the nodes meet: ", alone.err, re.M), str(alone)
+    assert re.search(rf"^elastic.py: no group at {HERE}:{free_port}, where the nodes meet: ", alone.err, re.M), str(alone)
 
 
 def test_a_node_that_stays_alone_says_so(tmp_path, free_port):
     ended = node(tmp_path, 2, free_port, "--timeout", 1).finish()
     assert ended.status == 1, str(ended)
-    assert re.fullmatch(rf"elastic.py: no group at 127.0.0.1:{free_port}, where the nodes meet: .*\n", ended.err), str(ended)
+    assert re.fullmatch(rf"elastic.py: no group at {HERE}:{free_port}, where the nodes meet: .*\n", ended.err), str(ended)
 
 
 def test_a_node_joins_and_is_lost(tmp_path, free_port):

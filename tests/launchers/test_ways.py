@@ -8,7 +8,7 @@ import socket
 import time
 
 import pytest
-from running import ALL, ROOT, Run, command, run, trained
+from running import ALL, HERE, ROOT, Run, command, run, trained
 from test_endings import CAUSES, MAY_BE_UNSEEN, PROMISED_S, fail
 from test_parity import JOBS, difference
 
@@ -121,7 +121,7 @@ def test_what_does_not_go_together_is_refused(flags, said):
 
 def test_several_machines_are_refused_on_all_ranks():
     """Two nodes, both here."""
-    flags = ("--job", "random", "--sync", "shared_memory", "--nnodes", 2, "--master_addr", "127.0.0.1", "--timeout", 30)
+    flags = ("--job", "random", "--sync", "shared_memory", "--nnodes", 2, "--master_addr", HERE, "--timeout", 30)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -94,10 +94,10 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
                 raise  # exit_status prints it
             if event != "interrupted":
                 complain(f"{trace}{_sentence(rank, cause)}")
+        if of_many and (isinstance(error, _CTRL_C) or event == "lost a peer"):
+            sys.stdout.flush()  # gloo's threads may ask for the interpreter while it ends, which ends in a crash
+            os._exit(1 if event == "lost a peer" else 130)
         if isinstance(error, _CTRL_C):
-            if of_many:  # gloo's threads may ask for the interpreter while it ends, which ends in a crash
-                sys.stdout.flush()
-                os._exit(130)
             raise
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     else:

@@ -169,6 +169,53 @@ SYMPTOMS = {
         ("clocks differ",),
         ("launchers/test_doctor_hosts.py::test_another_python_and_another_clock",),
     ),
+    "waiting": Symptom(
+        "it stands still after the first lines",
+        ("waits for rank 1 (up to 600 s, --timeout)",),
+        ("launchers/test_nodes.py::test_a_node_that_comes_first_waits_and_says_for_whom",),
+    ),
+    "cut_cable": Symptom(
+        "a host crashed, or a cable was pulled",
+        ("has not answered for 20 s (the host is down, or the network between is cut)",),
+        ("launchers/test_nodes.py::test_a_cut_cable_is_noticed_on_both_sides",
+         "launchers/test_nodes.py::test_a_host_that_dies_is_named_and_the_other_node_ends"),
+    ),
+    "same_node_twice": Symptom(
+        "two nodes think that they are the same",
+        ("is there twice",),
+        ("launchers/test_interface_hosts.py::test_the_same_node_twice",),
+    ),
+    "ssh_key": Symptom(
+        "ssh.py: Permission denied",
+        ("it lets in none of the keys offered",),
+        ("launchers/test_ssh.py::test_all_problems_of_all_hosts_are_told_at_once",
+         "common/test_hosts.py::test_what_ssh_says_and_what_to_do"),
+    ),
+    "ssh_lost": Symptom(
+        "ssh.py ends though nothing failed",
+        ("the connection is lost, or its guard was killed",),
+        ("launchers/test_ssh.py::test_a_link_that_is_cut", "launchers/test_ssh.py::test_an_agent_or_a_guard_that_is_killed"),
+    ),
+    "srun_of_others": Symptom(
+        "srun started every task as a run of its own",
+        ("srun started spawn.py 4 times, several of them on one node",),
+        ("launchers/test_slurm.py::test_launchers_that_each_task_starts_are_noticed",),
+    ),
+    "no_srun": Symptom(
+        "slurm.py in an sbatch script",
+        ("not started by srun, though within job 7: type srun python launchers/slurm.py",),
+        ("launchers/test_slurm.py::test_not_under_srun",),
+    ),
+    "mounted_folder": Symptom(
+        "the model is not in the mounted folder",
+        ("/out belongs to user 0:0 and cannot be written",),
+        ("launchers/test_containers.py::test_a_folder_that_rank_0_cannot_write_to_is_named",),
+    ),
+    "container_names": Symptom(
+        "a container does not find rank 0",
+        ("rank 0 does not reach itself at",),
+        ("launchers/test_containers.py::test_rank_0_on_a_network_without_names_is_told",),
+    ),
 }  # fmt: skip
 
 launch = pytest.mark.launch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import signal
 import traceback
@@ -34,6 +33,8 @@ def switch_on(environment: MutableMapping[str, str] = os.environ) -> None:
 def listen() -> None:
     """A crash, SIGUSR1 and the watcher's SIGTERM show where this process is (faulthandler: it needs no interpreter that runs)."""
     with contextlib.suppress(ValueError, OSError, AttributeError):  # stderr is closed or no file; Windows has no register
+        import faulthandler  # here: who does not debug does not import it
+
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, all_threads=True)
 
@@ -54,6 +55,8 @@ def shown(rank: int) -> Iterator[None]:
     """
     listen()
     with contextlib.suppress(ValueError, OSError, AttributeError):
+        import faulthandler
+
         faulthandler.register(signal.SIGTERM, all_threads=True, chain=True)  # which the watcher sends to those that hang
     if rank == 0:
         complain(f"{chosen()}; kill -USR1 PID shows where a rank is, and so does its end")

@@ -13,6 +13,8 @@ import pytest
 
 from common.prefixed import run_prefixed
 
+pytestmark = pytest.mark.launch  # it starts processes and waits for them
+
 ROOT = Path(__file__).resolve().parents[2]
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from common import remote_guard
 
-pytestmark = pytest.mark.only_on("linux")
+pytestmark = [pytest.mark.launch, pytest.mark.only_on("linux")]
 GUARD = [sys.executable, "-I", "-S", remote_guard.__file__]
 
 

@@ -15,7 +15,7 @@ from common.watch_link import Links
 from tests.common.helpers import end_group, until
 from tests.common.watching import ASKED_TO_LEAVE, KILLED, SLEEP, Run, failing
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the watcher needs pidfds")
+pytestmark = [pytest.mark.launch, pytest.mark.skipif(sys.platform != "linux", reason="the watcher needs pidfds")]
 
 ALL_DONE = "reporter.ask(event='done'); reporter.close()"
 LATER = "print('told', flush=True); time.sleep(60)"

@@ -251,10 +251,12 @@ def as_learner(tmp_path, script):
     for folder in (tmp_path, *tmp_path.parents[:-1]):
         folder.chmod(folder.stat().st_mode | 0o011)
     (tmp_path / "script.py").write_text(script)
+    code = tmp_path / "code"  # the repository may be where others cannot enter
+    shutil.copytree(ROOT / "common", code / "common", ignore=shutil.ignore_patterns("__pycache__", "data"))
     program = f"/usr/bin/python{sys.version_info[0]}"  # this one may be in a home that others cannot enter
     if not shutil.which(program):
         pytest.skip(f"{program} is not here: an ordinary user needs a Python that it can run")
-    drop = f"exec setpriv --reuid={LEARNER} --regid={LEARNER} --clear-groups env HOME={home} PYTHONPATH={ROOT}"
+    drop = f"exec setpriv --reuid={LEARNER} --regid={LEARNER} --clear-groups env HOME={home} PYTHONPATH={code}"
     begin = f"mount --bind {passwd} /etc/passwd && cd {home} &&"
     return ["unshare", "--mount", "sh", "-c", f"{begin} {drop} {program} -B {tmp_path}/script.py"]
 

@@ -61,8 +61,8 @@ def gone(run, seconds=GONE_S):
 
 
 def training(run):
-    """Waits until both hosts train."""
-    run.until(lambda: all(re.search(rf"^\[{name}\] Epoch \[3/", run.out, re.MULTILINE) for name in ("lab1", "lab2")), "training")
+    """Waits until both hosts train: rank 0, which tells of it, cannot without the others."""
+    run.until(lambda: re.search(r"^\[lab1\] Epoch \[3/", run.out, re.MULTILINE), "training")
 
 
 def process(run, *words, isolated=False):

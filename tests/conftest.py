@@ -12,7 +12,21 @@ REQUIRE_ALL = "LAUNCHLAB_REQUIRE_ALL"
 def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job's; children would inherit it and be deaf to Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    _end_in_order_when_asked_to()
     config.addinivalue_line("markers", "only_on(platform): runs on this sys.platform only; the one skip that is always allowed")
+
+
+def _end_in_order_when_asked_to():
+    """SIGTERM (a time limit's) ends the session as Ctrl-C does: what the running test has started is ended by its fixtures."""
+    session = os.getpid()
+
+    def asked(number, _):
+        if os.getpid() == session:
+            pytest.exit("ended by SIGTERM", 128 + number)
+        signal.signal(number, signal.SIG_DFL)  # a forked child's is its own
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, asked)
 
 
 def pytest_runtest_setup(item):

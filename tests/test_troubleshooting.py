@@ -219,15 +219,7 @@ SYMPTOMS = {
 }  # fmt: skip
 
 launch = pytest.mark.launch
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    running.runs.clear()
-    yield
-    left = [line for run in running.runs for line in run.close()]
-    running.runs.clear()
-    assert not left
+nothing_left_behind = running.nothing_left_behind  # after every test here, too
 
 
 # ------------------------------------------------------------------------------------------------------ the table

@@ -228,3 +228,13 @@ def cluster(nodes: int = 2, **options: object) -> VirtualCluster:
     if lack := missing(bool(options.get("ssh")), bool(options.get("slurm"))):
         pytest.skip(lack)
     return VirtualCluster(nodes, **options)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """After a test: no process of any run that it started is left."""
+    runs.clear()
+    yield
+    left = [line for each in runs for line in each.close()]
+    runs.clear()
+    assert not left

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from common.errors import RunError, UsageError, complain, one_line
 from common.hints import hint
+from common.interrupts import insistent
 from common.rank import Rank
 from common.reporter import Reporter, supported
 
@@ -81,7 +82,8 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
         reporter = Reporter(name, about)
     _watched = rank, reporter
     try:
-        yield
+        with insistent():
+            yield
     except BaseException as error:
         of_many = reporter and rank.world_size > 1
         if of_many and isinstance(error, KeyboardInterrupt):

@@ -4,8 +4,6 @@ import encodings.idna  # noqa: F401  for the names of hosts
 import gc
 import signal
 
-import numpy.random  # noqa: F401  which NumPy and torch import when they are first asked for it
-
 import common.children  # noqa: F401  what a launcher file imports, which each rank runs once more
 import common.loop  # noqa: F401
 import common.ports  # noqa: F401

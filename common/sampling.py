@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.random  # noqa: F401  or the first step imports it
 import torch
 
 from common.config import TrainConfig

@@ -237,4 +237,4 @@ def nothing_left_behind():
     yield
     left = [line for each in runs for line in each.close()]
     runs.clear()
-    assert not left
+    assert not left, "\n".join(left)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.config import DATASET_FLAGS, DIGITS_TRAIN_SIZE, LAUNCHERS_WITHOUT_MPI, TrainConfig
 from common.errors import UsageError
+from common.files import beside
 from common.interfaces import interfaces, is_own, leads_back
 from common.rank import on_this_machine
 
@@ -58,7 +58,7 @@ def check_gradients(name: str, config: TrainConfig, given: Mapping[str, str]) ->
 def check_writable(what: str, path: Path) -> None:
     """Raises UsageError unless a file can be made beside ``path`` (which a write replaces as a whole)."""
     folder = path.absolute().parent
-    probe = folder / f".{path.name}.{os.getpid()}.part"
+    probe = beside(path.absolute())
     try:
         if path.is_dir():
             raise UsageError(f"{what}: is a folder; name a file")

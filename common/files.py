@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
+def beside(path: Path) -> Path:
+    """A temporary name beside ``path`` that no other process has: not on another host either, where process ids are the same."""
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
+
+
 def write_whole(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Lets ``write`` fill a temporary file beside ``path``, then renames it: nobody ever sees half a file."""
     path = Path(path).absolute()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = beside(path)
     try:
         with part.open("wb") as stream:
             write(stream)

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import files
+from common.checks import check_writable
 from common.errors import RunError, UsageError, complain, exit_status, one_line
 from common.parts import accepted, build, load_class
 from common.ports import PortReservation
@@ -217,6 +219,19 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     files.write_whole(str(path), lambda stream: stream.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_with_one_process_id_do_not_meet(tmp_path):
+    """As on two hosts that share a folder; here two threads."""
+    path, text = tmp_path / "a", b"x" * 10_000
+
+    def work(_):
+        check_writable("--result a", path)
+        files.write_whole(path, lambda stream: stream.write(text))
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(200)))
+    assert path.read_bytes() == text and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):

@@ -65,7 +65,11 @@ class Nodes:
 
     def finish(self, limit=120):
         """How each ended, by node; nothing may be left."""
-        return [self.runs[node].finish(limit) for node in sorted(self.runs)]
+        try:
+            return [self.runs[node].finish(limit) for node in sorted(self.runs)]
+        except pytest.fail.Exception as failure:  # the reason may be in what another node said
+            said = [f"==== node {node}\n{self.runs[node].ended()}" for node in sorted(self.runs)]
+            pytest.fail("\n".join([str(failure), *said]))
 
     def fail(self, launcher, fault, peers, *flags, who=None, **env):
         """Runs a model that fails on the last rank; how each ended, and the seconds from the fault until nothing was left."""

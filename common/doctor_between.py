@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import select
-import subprocess
-import time
+import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from common.doctor_rows import Row, Subject, finding, ok, unchecked
 from common.hosts import Host
+from common.probed_host import ProbedHost, Silent
 
 PROBE_S = 3.0  # for a connection between two hosts
 CLOCK_TURNS = 5
@@ -22,72 +19,12 @@ CLOCK_S = 1.0
 EQUAL = ("python", "torch", "numpy", "mpi4py", "cuda", "nccl", "commit")
 
 
-class Probe:
-    """``doctor_probe`` on a host, asked through its ssh."""
-
-    def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Starts it; ``words`` is the ssh command."""
-        self.process = subprocess.Popen(
-            words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
-        self.rest = b""
-
-    def ask(self, limit: float = 10.0, **what: Any) -> Any:
-        """What it answers.
-
-        Raises:
-            RuntimeError: it does not, for the reason given.
-        """
-        assert self.process.stdin and self.process.stdout and self.process.stderr
-        with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps(what).encode() + b"\n")
-            self.process.stdin.flush()
-        until = time.monotonic() + limit
-        while True:
-            line, newline, rest = self.rest.partition(b"\n")
-            if newline:
-                self.rest = rest
-                if line.startswith(b"doctor "):  # a shell's start-up files may print too
-                    return json.loads(line.partition(b" ")[2])
-                continue
-            ready = select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))[0]
-            data = os.read(self.process.stdout.fileno(), 1 << 16) if ready else b""
-            if not data:
-                raise RuntimeError(self._why(bool(ready)))
-            self.rest += data
-
-    def _why(self, ended: bool) -> str:
-        if not ended:
-            return "no answer"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(2)
-        assert self.process.stderr
-        os.set_blocking(self.process.stderr.fileno(), False)
-        said = (self.process.stderr.read() or b"").decode(errors="replace").strip().splitlines()
-        return said[-1].strip()[:200] if said else f"its ssh ended with status {self.process.poll()}"
-
-    def close(self) -> None:
-        """Ends it."""
-        with contextlib.suppress(OSError):
-            os.killpg(self.process.pid, 9)
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            with contextlib.suppress(OSError):
-                if stream:
-                    stream.close()
-
-
-def asked(probe: Probe, limit: float, **what: Any) -> Any:
-    """What the probe answers, or in a text why it does not."""
+def asked(probe: ProbedHost, what: str, limit: float, **question: Any) -> Any:
+    """What the host answers, or the ``Silent`` that tells why it does not."""
     try:
-        return probe.ask(limit, **what)
-    except RuntimeError as error:
-        return str(error) or "no answer"
+        return probe.ask(what, limit, **question)
+    except Silent as silent:
+        return silent
 
 
 def of(host: Host, row: Row) -> Row:
@@ -117,20 +54,12 @@ def _comparable(name: str, value: Any) -> str:
     return ".".join(text.split(".")[:2]) if name == "python" else text[:10] + text[40:] if name == "commit" else text
 
 
-def clock(hosts: Sequence[Host], probes: Mapping[Host, Probe]) -> Row:
-    """How far the hosts' clocks are apart: each is asked several times, and its quickest answer counts (Cristian 1989)."""
+def clock(hosts: Sequence[Host], probes: Mapping[Host, ProbedHost]) -> Row:
+    """How far the hosts' clocks are apart: each is asked several times."""
     offsets = {}
     for host in hosts:
-        best: tuple[float, float] | None = None
-        with contextlib.suppress(RuntimeError):
-            for _ in range(CLOCK_TURNS):
-                asked = time.time()
-                theirs = probes[host].ask(do="time")
-                heard = time.time()
-                best = min(best or (heard - asked, theirs), (heard - asked, theirs - (asked + heard) / 2)) if best else (
-                    heard - asked, theirs - (asked + heard) / 2)  # fmt: skip
-            assert best
-            offsets[host.name] = best[1]
+        with contextlib.suppress(Silent):
+            offsets[host.name] = probes[host].ahead(CLOCK_TURNS)[0]
     if not offsets:
         return unchecked("clock", "no host answers")
     told = ", ".join(f"{name} {offset:+.3f} s" for name, offset in offsets.items())
@@ -144,7 +73,7 @@ def clock(hosts: Sequence[Host], probes: Mapping[Host, Probe]) -> Row:
 
 
 def reachability(
-    hosts: Sequence[Host], probes: Mapping[Host, Probe], subject: Subject, addresses: Mapping[str, Sequence[str]]
+    hosts: Sequence[Host], probes: Mapping[Host, ProbedHost], subject: Subject, addresses: Mapping[str, Sequence[str]]
 ) -> list[Row]:
     """Each host's ports from each other host, in both directions.
 
@@ -157,9 +86,9 @@ def reachability(
     if len(hosts) < 2:
         return [unchecked("reachability", "it takes two hosts that ssh leads to")]
     port = subject.port or 29500
-    rows, listening = [], {}
+    rows, listening, token = [], {}, secrets.token_hex(8)
     for host in hosts:
-        told = asked(probes[host], 10.0, do="listen", ports=[port, 0])
+        told = asked(probes[host], "listen", 10.0, ports=[port, 0], token=token)
         listening[host] = told if isinstance(told, dict) else {}
         if not isinstance(listening[host].get(str(port)), int):
             why = listening[host].get(str(port), told)
@@ -175,7 +104,7 @@ def reachability(
             for number in listening[b].values()
             if isinstance(number, int)
         ]
-        found = asked(probes[a], 3 * PROBE_S + 5, do="reach", targets=targets, seconds=PROBE_S)
+        found = asked(probes[a], "reach", 3 * PROBE_S + 5, targets=targets, token=token, seconds=PROBE_S)
         return found if isinstance(found, list) else [str(found)] * len(targets)
 
     with ThreadPoolExecutor(len(hosts)) as pool:

@@ -7,14 +7,13 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
-from common import doctor_probe, doctor_ranks
-from common.doctor_between import Probe, asked, clock, differences, of, reachability
+from common import doctor_ranks
+from common.doctor_between import asked, clock, differences, of, reachability
 from common.doctor_rows import FINDING, UNCHECKED, Answer, Row, Subject, ask, finding, ok, unchecked
-from common.host_checks import SSH_SAYS
 from common.hosts import Host, read_hosts
+from common.probed_host import ProbedHost, Silent
 
 T = TypeVar("T")
 CONNECT_S = 5  # ssh's patience
@@ -42,32 +41,28 @@ class Party:
         Raises:
             UsageError: the file cannot be read, or a line of it makes no sense.
         """
-        self.path, self.python, self.folder, self.purpose, self.ssh = path, python, folder, purpose, ssh
+        self.path, self.python, self.folder, self.purpose = path, python, folder, purpose
         self.hosts, self.ranks = read_hosts(path), ranks
+        self._ssh = [*ssh, "-o", f"ConnectTimeout={CONNECT_S}"]
 
-    def on(self, host: Host, words: Sequence[str], here: bool = True) -> list[str]:
+    def on(self, host: Host, words: Sequence[str]) -> list[str]:
         """The command that runs ``words`` on ``host``, in LaunchLab's folder."""
-        there = shlex.join(words)
-        if here:
-            there = f"cd {shlex.quote(self._its(host, self.folder))} && {there}"
-        return host.ssh(there, [*self.ssh, "-o", f"ConnectTimeout={CONNECT_S}"])
+        return host.ssh(f"cd {shlex.quote(self._its(host, self.folder))} && {shlex.join(words)}", self._ssh)
 
     def _its(self, host: Host, text: str) -> str:
         return text.replace("{name}", host.name)
 
     def rows(self, subject: Subject) -> list[Row]:
         """All checks over hosts."""
-        source = Path(doctor_probe.__file__).read_text(encoding="utf-8")
         env, probes, found = dict(subject.environment), {}, []
         try:
             for host in self.hosts:
-                words = self.on(host, [self._its(host, self.python), "-I", "-S", "-c", source], here=False)
-                probes[host] = Probe(words, env)
-            told = self._side_by_side(lambda host: asked(probes[host], CONNECT_S + 5, do="who"))
+                probes[host] = ProbedHost(host, self._its(host, self.python), self._ssh, env)
+            told = self._side_by_side(lambda host: asked(probes[host], "who", CONNECT_S + 5))
             for host, who in told.items():
-                if isinstance(who, str):
+                if isinstance(who, Silent):
                     found.append(_unreached(host, who, self._its(host, self.python)))
-            there = [host for host, who in told.items() if not isinstance(who, str)]
+            there = [host for host, who in told.items() if not isinstance(who, Silent)]
             if not found:
                 found.append(ok("ssh to hosts", f"{len(there)} hosts let this machine in without a password"))
             found += self._examined(there, subject)
@@ -131,19 +126,19 @@ class Party:
 _BEFORE = ("ssh to hosts", "reachability")
 
 
-def _unreached(host: Host, why: str, python: str) -> Row:
+def _unreached(host: Host, silent: Silent, python: str) -> Row:
     """A host that ssh does not lead to, or where Python is missing."""
     target = f"{host.user}@{host.name}" if host.user else host.name
-    small = why.lower()
+    said, told = silent.said.lower(), silent.remedy(host) or "ssh does not lead there"
     mend = f"sudo systemctl start ssh   # on {host.name}; then: ssh {target} true"
-    told = next((remedy for words, remedy in SSH_SAYS if words.lower() in small), "ssh does not lead there")
-    told = told.format(host=target, name=host.name, port=host.port or 22)
-    if "permission denied" in small or "authentication" in small:
+    if "identification has changed" in said:
+        mend = f"ssh-keygen -R {host.name}   # if you know why it has changed"
+    elif "permission denied" in said or "authentication" in said:
         mend = f"ssh-copy-id {target}"
-    elif "host key" in small:
+    elif "host key" in said:
         mend = f"ssh {target}   # look at its key, and say yes"
-    elif "resolve hostname" in small:
+    elif "resolve hostname" in said:
         mend = f'echo "ADDRESS {host.name}" | sudo tee -a /etc/hosts'
-    elif "not found" in small or "no such file" in small:
+    elif silent.no_python:
         told, mend = f"{python} is not there", "./setup.sh --multi-node   # or name it: --remote_python PATH"
-    return of(host, finding("ssh to hosts", f"{told} ({why})", mend))
+    return of(host, finding("ssh to hosts", f"{told} ({silent})", mend))

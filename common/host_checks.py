@@ -5,14 +5,7 @@ Each host gets one ssh connection, all at the same time, through which ``common/
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import secrets
-import shlex
-import signal
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,28 +15,11 @@ from typing import Any
 
 from common import host_probe
 from common.hosts import Host
+from common.probed_host import NO_ANSWER, ProbedHost, Silent
 
+REACH_S = 4.0
 CLOCKS_S = 2.0  # clocks that differ by more are told of
 MANY = 128  # connections at the same time
-# Isolated by hand, because -I would leave out packages that a user has installed for herself.
-BOOT = (
-    "import sys; sys.path.pop(0); "
-    "sys.exit('Python %d.%d is too old: 3.10 or newer is needed' % sys.version_info[:2]) if sys.version_info < (3, 10) "
-    "else exec(sys.stdin.buffer.read(int(sys.argv[1])))"
-)
-# What ssh says → what to do. {host}: to type after ssh; {name}: the host.
-SSH_SAYS = (
-    ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key is not the one known here; if you know why: ssh-keygen -R {name}"),
-    ("Host key verification failed", "its host key is not known here: ssh {host} once, look at it and say yes"),
-    ("Permission denied", "it lets in none of the keys offered: ssh-copy-id {host}, or name the key in ~/.ssh/config"),
-    ("Too many authentication failures", "it lets in none of the keys offered: name the right one in ~/.ssh/config"),
-    ("Could not resolve hostname", "nobody knows this name: mend it in the hosts file, or add it to /etc/hosts or ~/.ssh/config"),
-    ("Connection refused", "no sshd answers there: start it (apt install openssh-server), or give its port in the hosts file"),
-    ("timed out", "it does not answer: is it on, is the name right, does a firewall drop port {port}?"),
-    ("No route to host", "no route leads there: is it on, and on this network?"),
-    ("Network is unreachable", "no route leads there: is this machine on the network?"),
-    ("Bad owner or permissions", "ssh refuses its own configuration: chmod 600 the file that it names"),
-)
 
 
 @dataclass(frozen=True)
@@ -73,100 +49,15 @@ class Findings:
     """Of each host."""
 
 
-class _Silent(Exception):
-    """A host that gave no answer; the text says why."""
-
-
-class _Asked:
-    """A host with the probe running on it."""
-
-    def __init__(self, host: Host, place: Place, limit: float) -> None:
-        self.host, self.place, self.limit = host, place, limit
-        self.until = time.monotonic() + limit
-        source = Path(host_probe.__file__).read_bytes()
-        command = shlex.join([place.python, "-c", BOOT, str(len(source))])
-        try:
-            self.process = subprocess.Popen(
-                host.ssh(f"exec {command}", place.ssh),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is this process's to hear
-            )
-        except OSError as error:
-            raise _Silent(f"{place.ssh[0]} cannot be started ({error.strerror}): apt install openssh-client") from None
-        self._late = False
-        self.timer = threading.Timer(limit, self._too_late)
-        self.timer.daemon = True
-        self.timer.start()
-        self._send(source)
-
-    def _too_late(self) -> None:
-        self._late = True
-        self._kill()
-
-    def _kill(self) -> None:
-        """With what ssh has started: a ProxyCommand holds the pipes too."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def _send(self, data: bytes) -> None:
-        assert self.process.stdin
-        with contextlib.suppress(OSError):  # the answer will be missing, and say why
-            self.process.stdin.write(data)
-            self.process.stdin.flush()
-
-    def ask(self, what: str, **question: Any) -> dict[str, Any]:
-        """The answer to one question; raises _Silent."""
-        self._send(json.dumps({"ask": what, **question}).encode() + b"\n")
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith(host_probe.MARK.encode()):
-                answer: dict[str, Any] = json.loads(line[len(host_probe.MARK) :])
-                return answer
-        raise _Silent(self._why())
-
-    def _why(self) -> str:
-        assert self.process.stderr
-        said = self.process.stderr.read().decode(errors="replace").strip()
-        status = self.process.wait()
-        if self._late:
-            return f"no answer within {self.limit:g} s (--ssh_timeout)"
-        last = said.splitlines()[-1].strip() if said else f"status {status}"
-        if status == 255:
-            target = f"{self.host.user}@{self.host.name}" if self.host.user else self.host.name
-            where = {"host": f"-p {self.host.port} {target}" if self.host.port else target, "name": self.host.name}
-            for words, remedy in SSH_SAYS:
-                if words in said:
-                    return f"{remedy.format(**where, port=self.host.port or 22)} (ssh: {last.removeprefix('ssh: ')})"
-            return f"ssh cannot get in: {last}"
-        if status in (126, 127):
-            return f"no Python at {self.place.python} there: make the environment (./setup.sh), or name it with --remote_python"
-        return last
-
-    def close(self) -> None:
-        """Lets the host go; who still waits for its answer gets none."""
-        self.timer.cancel()
-        with contextlib.suppress(OSError):
-            assert self.process.stdin
-            self.process.stdin.close()
-        try:
-            self.process.wait(2)
-        except subprocess.TimeoutExpired:
-            self._kill()
-            self.process.wait()
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream:
-                stream.close()
-
-
 class _Checks:
     """The questions to all hosts, and what follows from the answers."""
 
     def __init__(self, hosts: Sequence[Host], place: Place, port: int | None, limit: float) -> None:
         self.hosts, self.place, self.port, self.limit = hosts, place, port, limit
         self.token = secrets.token_hex(8)
-        self.asked: dict[int, _Asked] = {}
+        self.until: dict[int, float] = {}
+        self.master_port = 0
+        self.asked: dict[int, ProbedHost] = {}
         self.facts: dict[int, dict[str, Any]] = {}
         self.trouble: dict[int, list[str]] = {number: [] for number in range(len(hosts))}
         self.notes: dict[int, list[str]] = {number: [] for number in range(len(hosts))}
@@ -175,8 +66,8 @@ class _Checks:
         def safely(number: int) -> None:
             try:
                 work(number)
-            except _Silent as silent:
-                self.trouble[number].append(str(silent))
+            except Silent as silent:
+                self.trouble[number].append(self._why(self.hosts[number], silent))
 
         pool = ThreadPoolExecutor(MANY)
         try:
@@ -185,14 +76,28 @@ class _Checks:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _why(self, host: Host, silent: Silent) -> str:
+        if silent.no_python:
+            return f"no Python at {self.place.python} there: make the environment (./setup.sh), or name it with --remote_python"
+        if remedy := silent.remedy(host):
+            return f"{remedy} (ssh: {str(silent).removeprefix('ssh: ')})"
+        if str(silent) == NO_ANSWER:
+            return f"{silent} within {self.limit:g} s (--ssh_timeout)"
+        return f"ssh cannot get in: {silent}" if silent.status == 255 else str(silent)
+
+    def _ask(self, number: int, what: str, **question: Any) -> Any:
+        return self.asked[number].ask(what, self._left(number), **question)
+
+    def _left(self, number: int) -> float:
+        return self.until[number] - time.monotonic()
+
     def _learn(self, number: int) -> None:
-        asked = self.asked[number] = _Asked(self.hosts[number], self.place, self.limit)
-        place, token = self.place, "" if number else self.token
-        self.facts[number] = asked.ask("facts", root=place.root, folder=place.folder, port=self.port, token=token)
-        began = time.time()
-        there = asked.ask("time")["time"]
-        round_trip = time.time() - began
-        ahead = there - began - round_trip / 2
+        self.until[number] = time.monotonic() + self.limit
+        self.asked[number] = ProbedHost(self.hosts[number], self.place.python, self.place.ssh)
+        self.facts[number] = self._ask(number, "facts", root=self.place.root, folder=self.place.folder)
+        if number == 0:
+            self._listen()
+        ahead, round_trip = self.asked[number].ahead(limit=self._left(number))
         if abs(ahead) > CLOCKS_S + round_trip:
             word = "ahead of" if ahead > 0 else "behind"
             self.notes[number].append(
@@ -226,34 +131,38 @@ class _Checks:
                         "install the same version on all hosts"
                     )
 
+    def _listen(self) -> None:
+        """Has the master listen for the others' calls: on the given port, else on 29500 or a free one."""
+        for port in [host_probe.DEFAULT_PORT, 0] if self.port is None else [self.port]:
+            (found,) = self._ask(0, "listen", ports=[port], token=self.token).values()
+            if isinstance(found, int):
+                self.master_port = found
+                return
+        self.trouble[0].append(f"--port {self.port}: cannot be used there ({found}); give another, or none")
+
     def _meet(self, findings: Findings) -> None:
         """Lets the others call the master, where it listens."""
-        if 0 not in self.facts:
+        if not (port := self.master_port):
             return
-        master, told = self.hosts[0], self.facts[0]
-        if not told["port"]:
-            self.trouble[0].append(f"--port {self.port}: cannot be used there ({told['port_error']}); give another, or none")
-            return
-        findings.master_port = told["port"]
-        names = list(dict.fromkeys(filter(None, [master.name, told["address"]])))
-        found: dict[int, dict[str, Any]] = {}
+        findings.master_port = port
+        master = self.hosts[0]
+        address = (self.facts[0]["from"] + [""] * 3)[2]
+        names = list(dict.fromkeys(filter(None, [master.name, address])))
+        found: dict[int, dict[str, str]] = {}
 
         def call(number: int) -> None:
-            for name in names:  # one after another: which of them does each host reach?
-                answer = self.asked[number].ask("reach", hosts=[name], port=told["port"], token=self.token)
-                seen = found.setdefault(number, {"reached": set(), "errors": {}})
-                seen["reached"] |= {answer["reached"]} - {""}
-                seen["errors"] |= answer["errors"]
+            targets = [(name, port) for name in names]  # which of them does each host reach?
+            answers = self.asked[number].ask("reach", REACH_S * 3 + 5, targets=targets, token=self.token, seconds=REACH_S)
+            found[number] = dict(zip(names, answers, strict=True))
 
-        others = sorted(set(self.facts) - {0})
-        self._each(call, others)
-        findings.master_addr = next((n for n in names if all(n in found[k]["reached"] for k in found)), names[0])
-        for number in found:
-            if findings.master_addr not in found[number]["reached"]:
-                why = "; ".join(f"{name}: {text}" for name, text in found[number]["errors"].items())
+        self._each(call, sorted(set(self.facts) - {0}))
+        findings.master_addr = next((n for n in names if not any(why[n] for why in found.values())), names[0])
+        for number, why in found.items():
+            if why[findings.master_addr]:
+                told = "; ".join(f"{name}: {text}" for name, text in why.items() if text)
                 self.trouble[number].append(
-                    f"it cannot reach port {told['port']} of {master.label} ({why}): let it through the firewall, and see that the "
-                    f"name {master.name} leads to {told['address'] or 'that host'} there"
+                    f"it cannot reach port {port} of {master.label} ({told}): let it through the firewall, and see that the "
+                    f"name {master.name} leads to {address or 'that host'} there"
                 )
         if len(self.hosts) == 1:
             findings.master_addr = "127.0.0.1"

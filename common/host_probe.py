@@ -1,7 +1,8 @@
-"""What a host has to say about itself before a training is started on it. Sent there as it stands; standard library only.
+"""What a host has to say about itself before anything is started on it. Sent there as it stands; standard library only.
 
-It reads one question a line (JSON) from standard input and answers each with a line (JSON behind ``MARK``), until its input ends:
-``{"ask": "facts", "root", "folder", "port"}``, ``{"ask": "time"}``, ``{"ask": "reach", "hosts", "port", "token"}``.
+It reads one question a line (JSON) from standard input and answers each with a line (JSON behind ``MARK``), until its input ends,
+so no longer than its ssh. ``ask`` names one of the functions in ``ANSWERS``, the rest are its arguments:
+``{"ask": "listen", "ports": [29500, 0], "token": "f00"}``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 MARK = "launchlab-answer "  # a shell's start file may print things of its own
 DEFAULT_PORT = 29500
-REACH_S = 4.0
 # What a node runs; what is compared.
 CODE = ("launchers/torchrun.py", "common/*.py")
 
@@ -56,76 +57,94 @@ def gpus() -> int:
     return len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
 
 
-def _listen(port: int, token: str) -> tuple[int, str]:
-    """(port, "") of a listener that says ``token`` to whoever connects, or (0, why not)."""
-    try:
-        listener = socket.socket(socket.AF_INET6)
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    except OSError:
-        listener = socket.socket()
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("", port))
-        listener.listen(64)
-    except OSError as error:
-        listener.close()
-        return 0, error.strerror or str(error)
-
-    def serve() -> None:
-        while True:
-            with contextlib.suppress(OSError), listener.accept()[0] as peer:
-                peer.sendall(token.encode())
-
-    threading.Thread(target=serve, daemon=True).start()
-    return listener.getsockname()[1], ""
+def who() -> dict[str, Any]:
+    """Its name, and SSH_CONNECTION: our address and port, its address and port."""
+    return {"host": socket.gethostname(), "from": os.environ.get("SSH_CONNECTION", "").split()}
 
 
-def facts(root: str, folder: str, port: int | None, token: str) -> dict[str, Any]:
-    """What is compared between hosts.
-
-    With a ``token`` this host is the master: it listens on ``port`` (None: 29500, or a free one).
-    """
-    told: dict[str, Any] = {
+def facts(root: str, folder: str) -> dict[str, Any]:
+    """What is compared between hosts: of the project in ``root``, to be started in ``folder``."""
+    return who() | {
         "python": "{}.{}.{}".format(*sys.version_info[:3]),
         "torch": _torch(),
         "gpus": gpus(),
         "code": code_of(root),
-    }
-    told |= {
         "commit": commit_of(root),
         "folder": os.path.isdir(folder) and os.access(folder, os.X_OK),
-        "name": socket.gethostname(),
     }
-    connection = os.environ.get("SSH_CONNECTION", "").split()
-    told["address"] = connection[2] if len(connection) == 4 else ""
-    if token:
-        told["port"], told["port_error"] = _listen(DEFAULT_PORT if port is None else port, token)
-        if port is None and not told["port"]:
-            told["port"], told["port_error"] = _listen(0, token)
-    return told
 
 
-def reach(hosts: list[str], port: int, token: str) -> dict[str, Any]:
-    """Which of the master's names or addresses leads from here to its listener, and by which own address; why the others do not."""
-    errors: dict[str, str] = {}
-    for host in hosts:
+def listen(ports: list[int], token: str) -> dict[str, int | str]:
+    """Says ``token`` to whoever connects to one of ``ports`` (0: any); for each, as text, the port or why it cannot be used."""
+    found: dict[str, int | str] = {}
+    for port in ports:
         try:
-            with socket.create_connection((host, port), REACH_S) as connection:
-                connection.settimeout(REACH_S)
-                if connection.recv(64).decode(errors="replace") == token:
-                    return {"reached": host, "own": connection.getsockname()[0], "errors": errors}
-                errors[host] = f"{connection.getpeername()[0]} is another machine, or another program listens there"
-        except (OSError, UnicodeError) as error:
-            errors[host] = getattr(error, "strerror", None) or str(error)
-    return {"reached": "", "own": "", "errors": errors}
+            listener = socket.socket(socket.AF_INET6)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        except OSError:
+            listener = socket.socket()
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("", port))
+            listener.listen(64)
+        except OSError as error:
+            listener.close()
+            found[str(port)] = error.strerror or str(error)
+            continue
+        found[str(port)] = listener.getsockname()[1]
+        threading.Thread(target=_greet, args=(listener, token.encode()), daemon=True).start()
+    return found
+
+
+def _greet(listener: socket.socket, token: bytes) -> None:
+    while True:
+        try:
+            with listener.accept()[0] as peer:
+                peer.sendall(token)
+        except OSError:
+            time.sleep(0.05)
+
+
+def _attempt(host: str, port: int, token: str, seconds: float) -> str:
+    """Why the listener at ``host`` does not say ``token``; "" if it does."""
+    try:
+        with socket.create_connection((host, port), seconds) as connection:
+            connection.settimeout(seconds)
+            if connection.recv(64).decode(errors="replace") == token:
+                return ""
+            return f"{connection.getpeername()[0]} is another machine, or another program listens there"
+    except TimeoutError:
+        return f"no answer within {seconds:g} s"
+    except (socket.gaierror, UnicodeError):
+        return "the name does not resolve"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def reach(targets: list[tuple[str, int]], token: str, seconds: float) -> list[str]:
+    """For each (host, port): "" if ``listen`` of another host answers there with ``token`` within ``seconds``, or why not."""
+    found = ["no answer"] * len(targets)
+
+    def attempt(number: int) -> None:
+        found[number] = _attempt(*targets[number], token, seconds)
+
+    threads = [threading.Thread(target=attempt, args=(number,), daemon=True) for number in range(len(targets))]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 2 * seconds + 3  # a name that takes long to resolve is no connection's delay
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return found
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {"who": who, "facts": facts, "listen": listen, "reach": reach, "time": time.time}
 
 
 def main() -> None:
     """Answers until the other side has no more questions."""
-    ways: dict[str, Any] = {"facts": facts, "reach": reach, "time": lambda: {"time": time.time()}}
     for line in sys.stdin:
         question = json.loads(line)
-        answer = ways[question.pop("ask")](**question)
+        answer = ANSWERS[question.pop("ask")](**question)
         sys.stdout.write(f"{MARK}{json.dumps(answer)}\n")
         sys.stdout.flush()
 

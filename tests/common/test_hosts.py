@@ -248,10 +248,13 @@ def test_versions_and_clocks_that_differ(monkeypatch):
         def __init__(self, *_):
             pass
 
-        def ask(self, what, **_):
-            return {"time": host_checks.time.time() - 90} if what == "time" else {}
+        def ask(self, *_, **__):
+            return {}
 
-    monkeypatch.setattr(host_checks, "_Asked", Late)
+        def ahead(self, **_):
+            return -90.0, 0.01
+
+    monkeypatch.setattr(host_checks, "ProbedHost", Late)
     checks._learn(1)
     assert checks.notes[1][0].startswith("its clock is 90.0 s behind this machine's"), checks.notes
 

@@ -1,9 +1,11 @@
-"""Rules for all tests: a skip fails where everything must be there, and a test for one system is left out on the others."""
+"""Rules for all tests: what is skipped where, and how a session ends."""
 
 import os
 import signal
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 
 REQUIRE_ALL = "LAUNCHLAB_REQUIRE_ALL"
@@ -56,3 +58,31 @@ def pytest_make_collect_report(collector):
     report = yield
     _forbid(report, False)
     return report
+
+
+MEMORY = Path("/dev/shm")
+# MPICH's, Open MPI's and multiprocessing's; they remove them, unless they are killed, which many tests do.
+LEFT_IN_MEMORY = ("mpich_shm_", "sm_segment", "sem.mp-")
+
+
+def _in_memory():
+    return {file for file in MEMORY.glob("*") if file.name.startswith(LEFT_IN_MEMORY)}
+
+
+def pytest_sessionstart(session):
+    session.config.stash[_BEFORE] = _in_memory()
+
+
+def pytest_sessionfinish(session):
+    """Removes what killed ranks have left in memory, 300 MB in all, unless somebody uses it."""
+    left = {str(file) for file in _in_memory() - session.config.stash[_BEFORE]}
+    for process in psutil.process_iter() if left else ():
+        try:
+            left -= {mapped.path for mapped in process.memory_maps()}
+        except (psutil.Error, OSError):
+            pass
+    for file in left:
+        Path(file).unlink(missing_ok=True)
+
+
+_BEFORE = pytest.StashKey[set[Path]]()

@@ -24,6 +24,7 @@ from common import datasets, events, models
 from common.command_line import parse_config
 from common.errors import exit_status
 from common.files import write_json
+from common.process_group import carry_out
 
 TEST_BATCH = 512  # images a forward pass without gradients, as in common/loop.py
 
@@ -53,7 +54,8 @@ def tested(model: DistributedDataParallel, loader: DataLoader[tuple[Tensor, Tens
             if not y.is_floating_point():
                 found += torch.tensor([(model(x)["logits"].argmax(1) == y).sum(), len(y)])
     model.train()
-    dist.all_reduce(found)
+    # Not the tutorial's: else one run in some dozens, on a busy machine, is aborted as the interpreter ends.
+    carry_out(lambda: dist.all_reduce(found), [found], wait=True)
     right, of = found.tolist()
     return right / of if of else None
 

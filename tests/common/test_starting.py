@@ -16,6 +16,7 @@ from common import names, warm
 from common.children import SERVER_GONE, Process, in_words
 from tests.common.helpers import end_group, python, run, start, until
 
+pytestmark = pytest.mark.launch  # it starts processes and waits for them
 linux = pytest.mark.only_on("linux")
 
 # ------------------------------------------------------------------------------------------- without the compiler

@@ -18,6 +18,7 @@ from common.rank import Rank
 from tests.common.helpers import ROOT, end_group, start, until
 from tests.common.watching import ASKED_TO_LEAVE, DEAF, DONE, KILLED, SLEEP, Run, failing, key_address, watcher_of, watchers
 
+pytestmark = pytest.mark.launch  # it starts processes and waits for them
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the watcher needs pidfds")
 
 # Before Linux 6.16 nothing tells how a process ended that was reaped before the watcher was up.

@@ -77,6 +77,7 @@ def watched(rank: Rank, events: Path | None = None) -> Iterator[None]:
             "launcher_kills": rank.launcher == "mpi",
             "node": rank.node_rank,
             "ranks_here": rank.local_world_size,
+            "world_size": rank.world_size,
             "one_terminal": rank.one_terminal,
         }
         reporter = Reporter(name, about)

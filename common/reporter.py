@@ -27,7 +27,8 @@ class Reporter:
             key: names the run on this node; the same in all its ranks, and in no other run at the time.
             about: rank, host, and optionally parents (launchers' pids whose end ends the ranks), events (the rank's file),
                 launcher_kills (whether a launcher answers one rank's death by SIGKILL to the others), and for several nodes
-                node (this one's index), ranks_here (how many it has) and one_terminal (whether all nodes' output comes together).
+                node (this one's index), ranks_here (how many it has), world_size, and one_terminal (whether all nodes' output
+                comes together).
         """
         import hashlib
 

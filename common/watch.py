@@ -37,6 +37,7 @@ SETTLE_S = 0.3  # a dead rank's peers often report a broken connection before th
 SETTLE_NODES_S = 0.6  # and before that has come here over the network
 TERM_S = 0.5  # then SIGTERM to whoever has not left
 KILL_S = 2.5  # then SIGKILL
+LINK_S = 3.0  # then for a link with another node that has yet to hear of a failure
 LEAVE_S = 4.5  # and to those that told of their own end, and are leaving or wait in MPI_Finalize: below the promised 5
 
 # How far from the cause. Nothing is nearer than a death or a failure of one's own; what a launcher or a person did, or a node's
@@ -88,7 +89,21 @@ class _Watcher:
                 self._launcher_is_gone()
             self.links.look()
             self._act()
+        self._wait_for_late_comers()
         self.links.close()
+
+    def _wait_for_late_comers(self) -> None:
+        """Until every node knows of this failure: one that came right after the start may have been quicker than the links."""
+        for end in (self.listener, *(member.connection for member in self.members)):
+            if end in self.selector.get_map():
+                self.selector.unregister(end)
+            end.close()  # the name is free for the next run
+        until = time.monotonic() + LINK_S
+        elsewhere = max((m.about.get("world_size", 0) - m.about.get("ranks_here", 0) for m in self.members), default=0)
+        while self.failures and self.links.awaited(elsewhere) and time.monotonic() < until:
+            for key, _ in self.selector.select(0.05):
+                key.data()
+            self.links.look()
 
     # ------------------------------------------------------------------------------------------------- this node's ranks
 
@@ -204,6 +219,9 @@ class _Watcher:
     def _heard_from(self, peer: Peer, message: dict[str, Any]) -> None:
         if message["event"] == "hello" and self.links.middle and self.verdict:  # too late to live
             self._send_verdict([peer])
+        elif message["event"] == "hello" and not self.links.middle:  # what went wrong here before there was somebody to tell
+            for failure, _ in self.failures:
+                peer.send(**failure | {"event": "failure", "what": failure["event"]})
         elif message["event"] == "failure" and not self.told:
             failure = message | {"event": message["what"]}
             self._note(failure, None)

@@ -111,6 +111,7 @@ class Links:
         self._peers: list[Peer] = []
         self._candidates: list[tuple[str, int]] = []
         self._looked_at = time.monotonic()
+        self._met: dict[Any, int] = {}  # node → its ranks, of all that have ever introduced themselves
         self.middle = False
         """Whether this is node 0's watcher."""
 
@@ -192,6 +193,7 @@ class Links:
             peer.send(event="hello" if self.middle else "here", **self._introduce())  # a rank may have come meanwhile
         if event in ("hello", "here"):
             peer.about = {name: message.get(name) for name in ("node", "host")} | {"ranks": sorted(message.get("ranks", []))}
+            self._met[peer.about["node"]] = len(peer.about["ranks"])
         if event in ("done", "bye"):
             peer.done = True
         elif event != "alive" and peer in self._peers:
@@ -210,6 +212,12 @@ class Links:
     def others(self) -> list[Peer]:
         """The watchers of nodes that still work."""
         return [peer for peer in self._peers if peer.known and not peer.done]
+
+    def awaited(self, ranks_elsewhere: int) -> bool:
+        """Whether there is a watcher that has yet to introduce itself; on node 0, as long as it does not know of all ranks."""
+        if self.middle:
+            return sum(self._met.values()) < ranks_elsewhere
+        return any(not peer.known for peer in self._peers)
 
     def tell(self, **message: Any) -> None:
         """Sends a message to all who have introduced themselves."""

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from common import watch_link
+from common.watch import LINK_S
 from common.watch_link import Links
 from tests.common.helpers import end_group, until
 from tests.common.watching import ASKED_TO_LEAVE, KILLED, SLEEP, Run, failing
@@ -212,6 +213,38 @@ def test_a_node_that_comes_after_the_failure_is_ended_too(begin):
     nodes.connect(nodes.runs[1])
     nodes.runs[1].go()
     assert nodes.runs[1].statuses() == [-signal.SIGTERM] and "Rank 0 on host0" in nodes.said()[1]
+
+
+def test_a_node_that_is_linked_after_the_death_of_node_0_s_last_rank_is_ended_too(begin):
+    nodes = begin((KILLED,), (SLEEP,), link=False, world_size=2)
+    nodes.listen()
+    nodes.runs[0].go()
+    assert nodes.runs[0].statuses() == [-signal.SIGKILL]  # and its name is free for the next run
+    nodes.connect(nodes.runs[1])
+    nodes.runs[1].go()
+    assert nodes.runs[1].statuses() == [-signal.SIGTERM]
+    assert all(said.startswith("Rank 0 on host0") for said in nodes.said())
+    assert until(lambda: not os.path.exists(f"/proc/{nodes.runs[0].watcher}"), 2), "it has nobody to wait for any more"
+
+
+def test_a_death_on_a_node_that_is_about_to_be_linked_is_told(begin):
+    nodes = begin((SLEEP,), (KILLED,), link=False, world_size=2)
+    nodes.listen()
+    os.kill(nodes.runs[0].watcher, signal.SIGSTOP)  # the network is slow
+    nodes.connect(nodes.runs[1])
+    nodes.go()
+    assert nodes.runs[1].statuses() == [-signal.SIGKILL]
+    os.kill(nodes.runs[0].watcher, signal.SIGCONT)
+    assert nodes.runs[0].statuses() == [-signal.SIGTERM]
+    assert all(said.startswith("Rank 1 on host1") for said in nodes.said()), nodes.said()
+
+
+def test_a_watcher_leaves_though_a_node_never_comes(begin):
+    nodes = begin((KILLED,), (SLEEP,), link=False, world_size=2)
+    nodes.listen()
+    nodes.runs[0].go()
+    assert nodes.runs[0].statuses() == [-signal.SIGKILL]
+    assert until(lambda: not os.path.exists(f"/proc/{nodes.runs[0].watcher}"), LINK_S + 2)
 
 
 def test_without_a_link_each_node_sees_to_its_own(begin):

@@ -128,17 +128,7 @@ _BEFORE = ("ssh to hosts", "reachability")
 
 def _unreached(host: Host, silent: Silent, python: str) -> Row:
     """A host that ssh does not lead to, or where Python is missing."""
-    target = f"{host.user}@{host.name}" if host.user else host.name
-    said, told = silent.said.lower(), silent.remedy(host) or "ssh does not lead there"
-    mend = f"sudo systemctl start ssh   # on {host.name}; then: ssh {target} true"
-    if "identification has changed" in said:
-        mend = f"ssh-keygen -R {host.name}   # if you know why it has changed"
-    elif "permission denied" in said or "authentication" in said:
-        mend = f"ssh-copy-id {target}"
-    elif "host key" in said:
-        mend = f"ssh {target}   # look at its key, and say yes"
-    elif "resolve hostname" in said:
-        mend = f'echo "ADDRESS {host.name}" | sudo tee -a /etc/hosts'
-    elif silent.no_python:
+    told, mend = silent.remedy(host)
+    if silent.no_python:
         told, mend = f"{python} is not there", "./setup.sh --multi-node   # or name it: --remote_python PATH"
-    return of(host, finding("ssh to hosts", f"{told} ({silent})", mend))
+    return of(host, finding("ssh to hosts", f"{told or 'ssh does not lead there'} ({silent})", mend))

@@ -79,7 +79,7 @@ class _Checks:
     def _why(self, host: Host, silent: Silent) -> str:
         if silent.no_python:
             return f"no Python at {self.place.python} there: make the environment (./setup.sh), or name it with --remote_python"
-        if remedy := silent.remedy(host):
+        if remedy := silent.remedy(host)[0]:
             return f"{remedy} (ssh: {str(silent).removeprefix('ssh: ')})"
         if str(silent) == NO_ANSWER:
             return f"{silent} within {self.limit:g} s (--ssh_timeout)"

@@ -24,18 +24,44 @@ BOOT = (
     "else exec(sys.stdin.buffer.read(int(sys.argv[1])))"
 )
 NO_ANSWER = "no answer"
-# What ssh says → what to do. {host}: to type after ssh; {name}: the host.
+_START = "sudo systemctl start ssh   # on {name}; then: ssh {host} true"
+# What ssh says → what to do, and the command for it. {host}: to type after ssh; {name}: the host.
 SSH_SAYS = (
-    ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key is not the one known here; if you know why: ssh-keygen -R {name}"),
-    ("Host key verification failed", "its host key is not known here: ssh {host} once, look at it and say yes"),
-    ("Permission denied", "it lets in none of the keys offered: ssh-copy-id {host}, or name the key in ~/.ssh/config"),
-    ("Too many authentication failures", "it lets in none of the keys offered: name the right one in ~/.ssh/config"),
-    ("Could not resolve hostname", "nobody knows this name: mend it in the hosts file, or add it to /etc/hosts or ~/.ssh/config"),
-    ("Connection refused", "no sshd answers there: start it (apt install openssh-server), or give its port in the hosts file"),
-    ("timed out", "it does not answer: is it on, is the name right, does a firewall drop port {port}?"),
-    ("No route to host", "no route leads there: is it on, and on this network?"),
-    ("Network is unreachable", "no route leads there: is this machine on the network?"),
-    ("Bad owner or permissions", "ssh refuses its own configuration: chmod 600 the file that it names"),
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "its host key is not the one known here; if you know why: ssh-keygen -R {name}",
+        "ssh-keygen -R {name}   # if you know why it has changed",
+    ),
+    (
+        "Host key verification failed",
+        "its host key is not known here: ssh {host} once, look at it and say yes",
+        "ssh {host}   # look at its key, and say yes",
+    ),
+    (
+        "Permission denied",
+        "it lets in none of the keys offered: ssh-copy-id {host}, or name the key in ~/.ssh/config",
+        "ssh-copy-id {host}",
+    ),
+    (
+        "Too many authentication failures",
+        "it lets in none of the keys offered: name the right one in ~/.ssh/config",
+        "ssh-copy-id {host}",
+    ),
+    (
+        "Could not resolve hostname",
+        "nobody knows this name: mend it in the hosts file, or add it to /etc/hosts or ~/.ssh/config",
+        'echo "ADDRESS {name}" | sudo tee -a /etc/hosts',
+    ),
+    (
+        "Connection refused",
+        "no sshd answers there: start it (apt install openssh-server), or give its port in the hosts file",
+        _START,
+    ),
+    ("timed out", "it does not answer: is it on, is the name right, does a firewall drop port {port}?", _START),
+    ("No route to host", "no route leads there: is it on, and on this network?", _START),
+    ("Network is unreachable", "no route leads there: is this machine on the network?", _START),
+    ("Bad owner or permissions", "ssh refuses its own configuration: chmod 600 the file that it names", _START),
+    ("", "", _START),
 )
 
 
@@ -52,12 +78,13 @@ class Silent(Exception):
         """Whether a shell there did not find the interpreter."""
         return self.status in (126, 127)
 
-    def remedy(self, host: Host) -> str:
-        """What to do, where ssh itself has said why; else ""."""
+    def remedy(self, host: Host) -> tuple[str, str]:
+        """What to do, where ssh itself has said why (else ""), and a command for it."""
         target = f"{host.user}@{host.name}" if host.user else host.name
         names = {"host": f"-p {host.port} {target}" if host.port else target, "name": host.name, "port": host.port or 22}
-        found = (remedy for words, remedy in SSH_SAYS if self.status == 255 and words in self.said)
-        return next(found, "").format(**names)
+        said = self.said if self.status == 255 else ""
+        remedy, command = next((remedy, command) for words, remedy, command in SSH_SAYS if words in said)
+        return remedy.format(**names), command.format(**names)
 
 
 class ProbedHost:

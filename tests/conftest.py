@@ -63,6 +63,7 @@ def pytest_make_collect_report(collector):
 MEMORY = Path("/dev/shm")
 # MPICH's, Open MPI's and multiprocessing's; they remove them, unless they are killed, which many tests do.
 LEFT_IN_MEMORY = ("mpich_shm_", "sm_segment", "sem.mp-")
+_BEFORE = pytest.StashKey[set[Path]]()
 
 
 def _in_memory():
@@ -83,6 +84,3 @@ def pytest_sessionfinish(session):
             pass
     for file in left:
         Path(file).unlink(missing_ok=True)
-
-
-_BEFORE = pytest.StashKey[set[Path]]()

@@ -57,15 +57,15 @@ def variants(launcher: str) -> list[str]:
     return [""]
 
 
-def _script(folder: str, name: str) -> str:
-    """The path of a file that is run, from the repository's root.
+def script_of(folder: str, name: str) -> str:
+    """The path of a file that is run.
 
     Raises:
         UsageError: it is not there.
     """
-    path = Path(folder, f"{name}.py")
-    if not (REPOSITORY / path).is_file():
-        raise UsageError(f"{path} does not exist here (yet): leave it out of --launchers")
+    path = REPOSITORY / folder / f"{name}.py"
+    if not path.is_file():
+        raise UsageError(f"{folder}/{name}.py does not exist here: leave it out of --launchers")
     return str(path)
 
 
@@ -117,11 +117,11 @@ def command(case: Case, flags: list[str]) -> tuple[list[str], dict[str, str | No
     variables: dict[str, str | None] = {"OMP_NUM_THREADS": None} if shipped else {}
     if case.launcher == FLOOR:
         config = dataclasses.replace(parse_config(FLOOR, argv=flags), threads=case.threads)
-        return [python, _script("benchmarks", FLOOR), json.dumps(dataclasses.asdict(config))], variables
+        return [python, script_of("benchmarks", FLOOR), json.dumps(dataclasses.asdict(config))], variables
     flags = [*flags, "--threads", "as_shipped" if shipped else str(case.threads)]
     if case.launcher not in ALL_LAUNCHERS + PEERS:
         raise UsageError(f"--launchers {case.launcher}: no such launcher; give some of {', '.join(ALL_LAUNCHERS + PEERS)}")
-    script = _script("benchmarks", "tutorial_loop") if case.launcher in PEERS else _script("launchers", case.launcher)
+    script = script_of("benchmarks", "tutorial_loop") if case.launcher in PEERS else script_of("launchers", case.launcher)
     if case.launcher in ("plain", "spawn"):
         if case.variant:
             if case.variant not in multiprocessing.get_all_start_methods():

@@ -137,10 +137,10 @@ class Hosts:
             self.cluster.set_rate(None if rate == UNLIMITED else rate)
             self._rate = rate
 
-    def words(self, nodes: int, words: Sequence[str], folder: Path = REPOSITORY) -> list[str]:
-        """The command that runs ``words`` ({rank}, {master} filled in) in ``folder`` on the first so many hosts at once."""
+    def words(self, nodes: int, words: Sequence[str]) -> list[str]:
+        """The command that runs ``words`` ({rank}, {master} filled in) in this folder on the first so many hosts at once."""
         names = self.cluster.names[:nodes]
-        commands = [self.cluster.command(name, self.cluster.filled_in(name, words), cwd=folder) for name in names]
+        commands = [self.cluster.command(name, self.cluster.filled_in(name, words), cwd=Path.cwd()) for name in names]
         return [sys.executable, str(_PROGRAMS / "on_hosts.py"), json.dumps(commands)]
 
     def typed(self, nodes: int, words: Sequence[str]) -> str:

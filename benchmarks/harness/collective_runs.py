@@ -139,7 +139,7 @@ def start(job: Job, folder: Path) -> Start:
     else:
         words = [sys.executable, *words]
     shown = [f"'{word}'" if word in job.flags else "FOLDER" if word == str(folder) else word for word in words]
-    return Start(words, variables, cases.shown(shown), Path.cwd())
+    return Start(words, variables, cases.shown(shown))
 
 
 def start_on(hosts: Hosts) -> Callable[[Job, Path], Start]:
@@ -151,7 +151,7 @@ def start_on(hosts: Hosts) -> Callable[[Job, Path], Start]:
         where = ["NODE_RANK={rank}", "MASTER_ADDR={master}", f"MASTER_PORT={MASTER_PORT}", "OMP_NUM_THREADS=1"]
         words = ["env", *where, sys.executable, str(PROGRAM)]
         typed = hosts.typed(plan.nodes, [*words, f"'{job.flags[0]}'", "FOLDER"])
-        return Start(hosts.words(plan.nodes, [*words, job.flags[0], str(folder)], Path.cwd()), {"RANK": None}, typed, Path.cwd())
+        return Start(hosts.words(plan.nodes, [*words, job.flags[0], str(folder)]), {"RANK": None}, typed)
 
     return start
 

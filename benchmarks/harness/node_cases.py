@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import cases, collective_runs
-from benchmarks.harness.cases import Case
+from benchmarks.harness.cases import Case, script_of
 from benchmarks.harness.cluster import MASTER_PORT, UNLIMITED, Hosts, bytes_per_s, rate_text
 from benchmarks.harness.collective_runs import Plan
 from benchmarks.harness.command_line import without
@@ -98,11 +98,11 @@ def command(case: NodeCase, flags: list[str]) -> list[str]:
     threads = ["--threads", str(case.threads)]
     where = ["--nnodes", str(case.nodes), "--nproc_per_node", per_node, "--node_rank", "{rank}", "--master_addr", "{master}"]
     if case.launcher == "torchrun":
-        words = [program("torchrun"), *where, "--master_port", str(MASTER_PORT), "launchers/torchrun.py"]
+        words = [program("torchrun"), *where, "--master_port", str(MASTER_PORT), script_of("launchers", "torchrun")]
         return ["env", f"OMP_NUM_THREADS={case.threads}", *words, *flags, *threads]  # only spares torchrun's notice
     if case.launcher == "elastic":  # its agents number the nodes
         where = ["--nnodes", str(case.nodes), "--nproc_per_node", per_node, "--master_addr", "{master}", "--max_restarts", "0"]
-    return [sys.executable, f"launchers/{case.launcher}.py", *where, *flags, *threads]
+    return [sys.executable, script_of("launchers", case.launcher), *where, *flags, *threads]
 
 
 def start_on(hosts: Hosts) -> Callable[[Job, Path], Start]:

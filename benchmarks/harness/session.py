@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.harness.cases import Case, command, shown
-from benchmarks.harness.runner import REPOSITORY, Outcome, Running
+from benchmarks.harness.runner import Outcome, Running
 from common import now
 from common.errors import RunError
 
@@ -99,7 +99,8 @@ class Start:
     variables: Mapping[str, str | None]
     typed: str
     """The command as a person would type it."""
-    cwd: Path = REPOSITORY
+    cwd: Path = field(default_factory=Path.cwd)
+    """The user's own folder: classes and data are looked for there."""
 
 
 def start_launcher(job: Job, folder: Path) -> Start:

@@ -311,7 +311,7 @@ def test_the_cases_are_what_a_user_types():
     words, _ = cases.command(Case("spawn", 2, 1, "fork"), [])
     assert cases.shown(words).endswith("launchers/spawn.py --world_size 2 --master_port 0 --start_method fork --threads 1")
     words, _ = cases.command(Case("mpi", 4, 1), [])
-    assert words[1:3] == ["-np", "4"] and "launchers/mpi.py" in words
+    assert words[1:3] == ["-np", "4"] and str(REPOSITORY / "launchers/mpi.py") in words, "from any folder"
 
 
 def test_the_plan_interleaves_and_has_both_baselines(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import collective_loop
 from benchmarks.collective_ranks import rank_from_environment
-from benchmarks.harness import cluster, node_cases, node_comparison, node_plots, node_report, node_summary
+from benchmarks.harness import cases, cluster, node_cases, node_comparison, node_plots, node_report, node_summary
 from benchmarks.harness.cases import Case
 from benchmarks.harness.cluster import Probe
 from benchmarks.harness.collective_report import Row as CollectiveRow
@@ -185,10 +185,11 @@ def test_what_the_verdict_needs(asked):
 
 
 def test_commands_of_the_launchers():
+    script = {name: cases.script_of("launchers", name) for name in ("spawn", "torchrun", "elastic")}
     for launcher, words in {
-        "spawn": [sys.executable, "launchers/spawn.py", "--nnodes", "2", "--nproc_per_node", "3", "--node_rank", "{rank}"],
-        "torchrun": ["--node_rank", "{rank}", "--master_addr", "{master}", "--master_port", "29500", "launchers/torchrun.py"],
-        "elastic": ["launchers/elastic.py", "--nnodes", "2", "--nproc_per_node", "3", "--master_addr", "{master}"],
+        "spawn": [sys.executable, script["spawn"], "--nnodes", "2", "--nproc_per_node", "3", "--node_rank", "{rank}"],
+        "torchrun": ["--node_rank", "{rank}", "--master_addr", "{master}", "--master_port", "29500", script["torchrun"]],
+        "elastic": [script["elastic"], "--nnodes", "2", "--nproc_per_node", "3", "--master_addr", "{master}"],
     }.items():
         made = node_cases.command(NodeCase(launcher, 6, 2, nodes=2), ["--lr", "1"])
         at = made.index(words[0])

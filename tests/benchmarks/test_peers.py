@@ -144,7 +144,7 @@ def test_the_cases_are_what_a_user_types(tmp_path):
     assert "bare_env.py" in start("bare plain", 1, tmp_path).words and "bare_plain.py" in start("bare plain", 2, tmp_path).words
     assert start("bare fork", 2, tmp_path).words[-3:-2] == ["fork"]
     assert start("ray", 2, tmp_path).words[1:4] == ["ray_loop.py", "--world_size", "2"]
-    assert start("plain", 2, tmp_path).words[1] == "launchers/plain.py"
+    assert start("plain", 2, tmp_path).words[1].endswith("/launchers/plain.py")
     for name in (*BY_HAND, *PACKAGES):
         one = start(name, 2, tmp_path)
         assert any((one.cwd / word).is_file() for word in one.words if word.endswith(".py")), name

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import common.loop  # noqa: F401  what a rank imports
-from common import acceleration, datasets, events, models
+from common import acceleration, datasets, events, models, optimizers
 from common.config import TrainConfig
 from common.errors import UsageError, exit_status
 from common.files import write_json
@@ -42,7 +42,7 @@ def main() -> None:
     model = acceleration.placed(models.build_model(config), config, device, precision.weights)
     if config.compile:
         acceleration.compile(model)
-    optimizer = acceleration.sgd(model, config)
+    optimizer = optimizers.make(model, config)
     phases.mark("model_built")
     x, y = datasets.fetch(data, torch.arange(config.global_batch(1)), device, precision.weights)
     with precision.autocast():

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from common.config import TrainConfig
 from common.errors import UsageError
 
-MOMENTUM = 0.9
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 1 << 30
 
@@ -122,28 +121,3 @@ def compile(model: nn.Module) -> None:
     $TORCHINDUCTOR_CACHE_DIR, by default a folder in the system's temporary one, for the other ranks and the next run.
     """
     model.compile()
-
-
-def fused(model: nn.Module, config: TrainConfig) -> bool:
-    """Whether SGD updates all parameters of ``model`` in one kernel: on CUDA and CPU, of floats (Apple's: untried), not for fp16.
-
-    On one core of an EPYC the digits CNN's step takes 0.07 ms instead of 0.13, the MLP's 0.019 instead of 0.044 (medians of 7).
-    A trap (torch 2.13) that does not say a word: on CPU the kernel walks through memory from end to end, so a gradient must be
-    laid out as its parameter. Autograd and DDP see to it; whoever sets ``.grad`` by hand has to.
-    """
-    return config.precision != "fp16" and all(
-        p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters()
-    )
-
-
-def sgd(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum, fused where that works.
-
-    Momentum starts as zeros, of which the first step makes what it would start with. Without, torch 2.13's fused kernel fails on
-    a parameter that is used for the first time when others were before it; and with a GradScaler, when the first step overflows,
-    it leaves the momentum as the memory was that it reserved, and says nothing.
-    """
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=MOMENTUM, fused=fused(model, config))
-    for parameter in model.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from common.config import TrainConfig
+from common.errors import UsageError, one_line
 from common.files import write_whole
 from common.values import Nodes
 
@@ -24,6 +25,56 @@ def save(path: str | Path, model: nn.Module, config: TrainConfig) -> None:
     plain = {name: int(value) if type(value) is Nodes else value for name, value in dataclasses.asdict(config).items()}
     content = {"model": state, "config": plain}
     write_whole(path, lambda stream: torch.save(content, stream))
+
+
+def load(what: str, path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state dict, configuration) of a saved model.
+
+    Args:
+        what: how a person has named it, for messages: ``--resume cifar_net.pth``.
+        path: of the file.
+
+    Raises:
+        UsageError: it is not there, or none that ``save`` wrote.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"{what}: cannot be read ({error.strerror}); train with --save FILE first, and name that file") from None
+    except Exception as error:  # pickle's, zipfile's and torch's own
+        raise UsageError(f"{what}: holds no saved model ({one_line(error, 100)}); name a file that --save wrote") from None
+    if not isinstance(content, dict) or set(content) != {"model", "config"}:
+        raise UsageError(f"{what}: holds no model and config; name a file that --save wrote")
+    return content["model"], content["config"]
+
+
+def resume(path: str, model: nn.Module) -> str:
+    """Gives ``model`` the weights in the file that ``--resume`` names, and returns what to say of it; raises as ``take_over``."""
+    take_over(f"--resume {path}", path, model)
+    return f"Weights from {path}; the optimizer starts afresh"
+
+
+def take_over(what: str, path: str | Path, model: nn.Module) -> dict[str, Any]:
+    """Gives ``model`` the weights of a saved one; returns the configuration that it was trained with.
+
+    Raises:
+        UsageError: there is no saved model, or it is another one.
+    """
+    state, config = load(what, path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        saved, here = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, model.state_dict()))
+        name = next(name for name in [*saved, *here] if saved.get(name) != here.get(name))
+        raise UsageError(
+            f"{what}: another model's weights: {name} is {_shape(saved.get(name))} there and {_shape(here.get(name))} here; it was "
+            f"trained with --model {config.get('model')}"
+        ) from None
+    return config
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "×".join(map(str, shape)) or "one number"
 
 
 def sha256(model: nn.Module) -> str:

@@ -55,6 +55,12 @@ def check_gradients(name: str, config: TrainConfig, given: Mapping[str, str]) ->
             raise UsageError(f"--{flag_name} with --sync {config.sync}: it is DistributedDataParallel's; leave one of them out")
 
 
+def check_model(config: TrainConfig) -> None:
+    """Raises UsageError where a built-in model cannot have the sizes that were given."""
+    if config.model == "gpt" and config.width % config.heads:
+        raise UsageError(f"--width {config.width} with --heads {config.heads}: each head takes an equal part; give a multiple")
+
+
 def check_writable(what: str, path: Path) -> None:
     """Raises UsageError unless a file can be made beside ``path`` (which a write replaces as a whole)."""
     folder = path.absolute().parent

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.checks import check_gradients, check_writable
+from common.checks import check_gradients, check_model, check_writable
 from common.config import (
     COMMON,
     DATASET_FLAGS,
@@ -25,12 +25,14 @@ from common.config import (
     PARTS,
     RANKS,
     START_FLAGS,
+    UPDATE,
     TrainConfig,
 )
 from common.debugging import switch_on
 from common.errors import UsageError
 from common.values import switch
 
+_OF_THE_JOB = ("model", "dataset", "epochs", "learning_rate", "optimizer", "schedule", "warmup", "weight_decay", "clip", "save")
 _FLAGS_ONLY = ("world_size", "node_rank", "debug")  # variables of these names are others': launchers', and DEBUG anybody's
 
 
@@ -80,7 +82,7 @@ def _parser(name: str, description: str, extra: Sequence[str]) -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    groups = {title: parser.add_argument_group(title) for title in (COMMON, PARTS, GRADIENTS, MACHINE, OUTPUT)}
+    groups = {title: parser.add_argument_group(title) for title in (COMMON, PARTS, UPDATE, GRADIENTS, MACHINE, OUTPUT)}
     if extra:
         groups[RANKS] = parser.add_argument_group(RANKS)
     for field_name, spec in FIELDS.items():
@@ -175,6 +177,8 @@ def parse_config(
             values[field_name] = spec.metadata["convert"](text)
         except ValueError as allowed:
             raise UsageError(f"{where} {text}: not allowed; give {allowed}") from None
+    caches = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    values.setdefault("cache_dir", os.path.join(caches, "launchlab"))
     return _resolve(name, values, given, elastic="max_restarts" in extra)
 
 
@@ -202,7 +206,7 @@ def _resolve(name: str, values: dict[str, Any], given: Mapping[str, str], elasti
         del values["global_batch_size" if "batch_size" in given else "batch_size"]
     elif "batch_size" not in values:
         values.setdefault("global_batch_size", job.global_batch_size)
-    for part_name in ("model", "dataset", "epochs", "learning_rate"):
+    for part_name in _OF_THE_JOB:
         values.setdefault(part_name, getattr(job, part_name))
     used = MODEL_FLAGS.get(values["model"], tuple(FLAG_JOBS)) + DATASET_FLAGS.get(values["dataset"], tuple(FLAG_JOBS))
     for flag_name, jobs in FLAG_JOBS.items():
@@ -211,12 +215,15 @@ def _resolve(name: str, values: dict[str, Any], given: Mapping[str, str], elasti
                 f"{given[flag_name]}: {values['model']} on {values['dataset']} does not use it; it belongs to --job {jobs}"
             )
     values.setdefault("data_size", job.data_size or JOBS.get(values["dataset"], JOBS["random"]).data_size)
+    if values["save"] == "none":
+        values["save"] = None
     config = TrainConfig(**values)
     if config.debug:
         switch_on()
     if config.nnodes.least < config.nnodes and not elastic:
         raise UsageError(f"--nnodes {config.nnodes.least}:{config.nnodes}: only elastic.py takes a range; give one number of nodes")
     check_gradients(name, config, given)
+    check_model(config)
     for output in OUTPUT_FILES:
         if config.inspect and output != "result" and output in given:
             raise UsageError(

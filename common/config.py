@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.values import Nodes, any_text, nodes, one_of, part, positive, seconds, switch, threads, whole
+from common.values import Nodes, any_text, nodes, not_negative, one_of, part, positive, seconds, switch, threads, whole
 
 DIGITS_TRAIN_SIZE = 1437  # 80 % of 1,797; a test holds it against the file
 
@@ -22,28 +22,52 @@ class Job:
     global_batch_size: int
     learning_rate: float
     data_size: int | None = None
+    optimizer: str = "sgd"
+    schedule: str = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    save: str | None = None
 
 
 JOBS = {
     "digits": Job("cnn", "digits", epochs=10, global_batch_size=64, learning_rate=0.01),
     "random": Job("linear", "random", epochs=5, global_batch_size=64, learning_rate=0.01, data_size=4096),
     "regression": Job("mlp", "regression", epochs=50, global_batch_size=32, learning_rate=0.02, data_size=1024),
-}
+    "mnist": Job("cnn", "mnist", epochs=3, global_batch_size=64, learning_rate=0.01),
+    "cifar10": Job("cifar_net", "cifar10", epochs=10, global_batch_size=64, learning_rate=0.01, save="cifar_net.pth"),
+    "text": Job("gpt", "text", epochs=1, global_batch_size=16, learning_rate=0.003, data_size=8192, optimizer="adamw",
+                schedule="cosine", warmup=50, weight_decay=0.1, clip=1.0),
+}  # fmt: skip
 SYNCS = ("ddp", "by_hand", "by_hand_flat", "shared_memory", "mpi", "auto")
 WITH_DDP = ("ddp", "shared_memory", "mpi")  # those that average within DistributedDataParallel
 COMPRESSIONS = ("fp16", "bf16", "int8", "powersgd")
 PRECISIONS = ("fp32", "fp64", "bf16", "fp16")
 # Which flags a built-in part reads, and the job that shows it.
-MODEL_FLAGS: dict[str, tuple[str, ...]] = {"cnn": (), "linear": ("input_size",), "mlp": ("hidden_size",)}
+MODEL_FLAGS: dict[str, tuple[str, ...]] = {
+    "cnn": (),
+    "linear": ("input_size",),
+    "mlp": ("hidden_size",),
+    "cifar_net": (),
+    "gpt": ("layers", "heads", "width", "context"),
+}
 DATASET_FLAGS: dict[str, tuple[str, ...]] = {
     "digits": (),
     "random": ("data_size", "input_size"),
     "regression": ("data_size",),
+    "mnist": ("data_dir",),
+    "cifar10": ("data_dir",),
+    "text": ("data_dir", "data_size", "context"),
 }
 FLAG_JOBS = {
     "input_size": "random",
     "hidden_size": "regression",
-    "data_size": "random or regression",
+    "layers": "text",
+    "heads": "text",
+    "width": "text",
+    "context": "text",
+    "data_size": "random, regression or text",
+    "data_dir": "mnist, cifar10 or text",
 }
 
 
@@ -57,9 +81,10 @@ def flag(
     )
 
 
-COMMON, PARTS, GRADIENTS, MACHINE, OUTPUT, RANKS = (
+COMMON, PARTS, UPDATE, GRADIENTS, MACHINE, OUTPUT, RANKS = (
     "what to train (the common flags)",
     "parts of the job",
+    "how gradients become new weights",
     "how the ranks' gradients become one",
     "machine",
     "output",
@@ -77,14 +102,27 @@ class TrainConfig:
     global_batch_size: int | None = flag(
         COMMON, whole(1), "samples per optimizer step over all ranks (default: the job's), cut evenly whatever the rank count"
     )
-    learning_rate: float = flag(COMMON, positive, "step size of SGD with momentum 0.9 (default: the job's)", None, "X", "lr")
+    learning_rate: float = flag(COMMON, positive, "the optimizer's step size (default: the job's)", None, "X", "lr")
     seed: int = flag(COMMON, whole(0, 2**31 - 1), "of the initial weights, the shuffle and generated data", 0)
 
     model: str = flag(PARTS, part(*MODEL_FLAGS), f"{', '.join(MODEL_FLAGS)}, or your own package.module:Name", None, "NAME")
     dataset: str = flag(PARTS, part(*DATASET_FLAGS), f"{', '.join(DATASET_FLAGS)}, or your own package.module:Name", None, "NAME")
     input_size: int = flag(PARTS, whole(1), "features of a sample (job random)", 20)
     hidden_size: int = flag(PARTS, whole(1), "width of the hidden layers (job regression)", 64)
-    data_size: int = flag(PARTS, whole(1), "training samples to generate (jobs random, regression); a quarter more to evaluate")
+    layers: int = flag(PARTS, whole(1), "blocks of the GPT (job text)", 4)
+    heads: int = flag(PARTS, whole(1), "attention heads of a block (job text); a divisor of --width", 4)
+    width: int = flag(PARTS, whole(1), "numbers per byte between the blocks (job text)", 128)
+    context: int = flag(PARTS, whole(1), "bytes that a prediction may look back on, and a sample's length (job text)", 128)
+    data_size: int = flag(
+        PARTS, whole(1), "training samples to generate (jobs random, regression) or to take (text); a quarter more to evaluate"
+    )
+    data_dir: str | None = flag(
+        PARTS, any_text, "read the data from here: the hub's parquet files (mnist, cifar10), a file or folder of text (text)",
+        None, "DIR",
+    )  # fmt: skip
+    cache_dir: str = flag(
+        PARTS, any_text, "where decoded data are kept for all ranks and the next run (default: ~/.cache/launchlab)", None, "DIR"
+    )
     sampler: str = flag(
         PARTS,
         one_of("exact", "distributed", "uneven"),
@@ -92,6 +130,16 @@ class TrainConfig:
         "uneven: the last ranks have up to twice as much data as the first (Join)",
         "exact",
         "NAME",
+    )
+
+    optimizer: str = flag(UPDATE, one_of("sgd", "adamw"), "sgd with momentum 0.9, or adamw (default: the job's)", None, "NAME")
+    schedule: str = flag(
+        UPDATE, one_of("constant", "cosine"), "of the learning rate, after the warm-up (default: the job's)", None, "NAME"
+    )
+    warmup: int = flag(UPDATE, whole(0), "steps in which the learning rate rises to its full size (default: the job's)")
+    weight_decay: float = flag(UPDATE, not_negative, "pull of the weights towards 0 (default: the job's)", None, "X")
+    clip: float = flag(
+        UPDATE, not_negative, "longest that a step's gradient, over all weights, may be; 0: any (default: the job's)", None, "X"
     )
 
     sync: str = flag(
@@ -163,7 +211,10 @@ class TrainConfig:
         False,
     )
     plot: str | None = flag(OUTPUT, any_text, "save the training curves as a picture (.png, .svg or .pdf)", None, "FILE")
-    save: str | None = flag(OUTPUT, any_text, "save the trained model and this configuration", None, "FILE")
+    save: str | None = flag(
+        OUTPUT, any_text, "save the trained model and this configuration; none: do not (default: job cifar10's)", None, "FILE"
+    )
+    resume: str | None = flag(PARTS, any_text, "begin with the weights of a saved model, and a fresh optimizer", None, "FILE")
     result: str | None = flag(OUTPUT, any_text, "write what was measured as JSON", None, "FILE")
     events: str | None = flag(
         OUTPUT, any_text, "write when each phase of each rank ended, a file of JSON lines a rank", None, "DIR"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import socket
 import sys
@@ -98,14 +99,14 @@ class Console:
                 "not compute what one process does: give --sync_batchnorm (CUDA), or take GroupNorm or LayerNorm"
             )
 
-    def compute(self, device: str, fused: bool) -> None:
+    def compute(self, device: str, optimizer: str) -> None:
         """Rank 0 tells in which numbers, layout and kernels a step is computed."""
         if self.rank.rank == 0:
             c = self.config
             half = f"autocast to {c.precision}, float32 weights" if c.precision in ("bf16", "fp16") else c.precision
             extra = [name for name in ("channels_last", "compile", "sync_batchnorm", "keep_memory") if getattr(c, name)]
             slow = " (fp16 is very slow on CPU; bf16 is not)" if c.precision == "fp16" and device == "cpu" else ""
-            self.line(f"Compute: {', '.join([half, *extra, 'fused SGD' if fused else 'SGD'])}{slow}")
+            self.line(f"Compute: {', '.join([half, *extra, optimizer])}{slow}")
 
     def model(self, model: nn.Module) -> None:
         """Rank 0 shows the model."""
@@ -119,13 +120,24 @@ class Console:
     def epoch(self, epoch: int, train_loss: float, eval_loss: float, accuracy: float | None) -> None:
         """The losses of the whole group."""
         tail = "" if accuracy is None else f", Eval Accuracy: {100 * accuracy:.2f} %"
+        if self.config.dataset == "text":
+            tail = f" ({eval_loss / math.log(2):.4f} bits per byte)"
         self.line(f"Epoch [{epoch}/{self.config.epochs}] - Train Loss: {train_loss:.6f}, Eval Loss: {eval_loss:.6f}{tail}")
 
-    def summary(self, train_s: float, samples_per_s: float | None, launch_s: float | None) -> None:
-        """Rank 0 tells the times."""
+    def summary(
+        self,
+        train_s: float,
+        samples_per_s: float | None,
+        launch_s: float | None,
+        tokens_per_s: float | None = None,
+        used: float | None = None,
+    ) -> None:
+        """Rank 0 tells the times; ``used``: the part of the devices' peak that the model's operations were."""
         if self.rank.rank == 0:
             launch = "" if launch_s is None else f" (after {launch_s:.2f} s to launch, first step included)"
             rate = "" if samples_per_s is None else f", {samples_per_s:,.0f} samples/s"
+            rate += "" if tokens_per_s is None else f", {tokens_per_s:,.0f} tokens/s"
+            rate += "" if used is None else f", model FLOPs utilisation {100 * used:.1f} %"
             epochs = self.config.epochs
             self.line(f"Total time: {train_s:.2f} s{launch}, average time per epoch: {train_s / epochs:.3f} s{rate}")
 

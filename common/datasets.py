@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common import pictures, text
 from common.config import TrainConfig
 from common.errors import UsageError, one_line
 from common.parts import accepted, build, load_class
@@ -55,6 +56,9 @@ class Tensors:
         """The same samples on ``device``, with floats as ``dtype``."""
         parts = (t.to(device, dtype if t.is_floating_point() else None) for t in (self.x, self.y))
         return Tensors(*parts)
+
+
+BuiltIn = Tensors | pictures.Pictures | text.Windows
 
 
 @functools.cache  # a fork server loads them for its ranks
@@ -164,10 +168,31 @@ def _check(path: str, data: Any) -> None:
         raise UsageError(f"--dataset {path}: is empty")
 
 
-def load_datasets(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple[Dataset, Dataset]:
-    """(train, eval) data, with built-in ones on ``device`` as ``dtype``."""
+GENERATED = ("digits", "random", "regression")  # alike on every rank by themselves
+FROM_FILES = ("mnist", "cifar10", "text")  # which one rank of a node makes ready for all
+
+
+def facts(train: Dataset, evaluation: Dataset) -> dict[str, Any]:
+    """What must be the same on all ranks, or they would wait for each other's steps, or train on other samples."""
+    digest = train.digest if isinstance(train, pictures.Pictures | text.Windows) else None
+    return {"training samples": len(train), "evaluation samples": len(evaluation), "data of digest": digest}
+
+
+def load_datasets(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, say: Callable[[str], None] = print
+) -> tuple[Dataset, Dataset]:
+    """(train, eval) data, with built-in ones on ``device`` as ``dtype``; ``say`` is told what takes time.
+
+    Raises:
+        UsageError: the data are not there, or not what they should be.
+    """
+    parts: tuple[BuiltIn, BuiltIn]
     if config.dataset == "digits":
         parts = digits()
+    elif config.dataset in pictures.KINDS:
+        parts = _pictures(config, say)
+    elif config.dataset == "text":
+        parts = text.windows(config.data_dir, config.cache_dir, config.context, config.data_size, say)
     elif config.dataset == "random":
         parts = random(config.data_size, config.input_size, config.seed)
     elif config.dataset == "regression":
@@ -177,9 +202,22 @@ def load_datasets(config: TrainConfig, device: torch.device, dtype: torch.dtype)
     return parts[0].to(device, dtype), parts[1].to(device, dtype)
 
 
+def _pictures(config: TrainConfig, say: Callable[[str], None]) -> tuple[pictures.Pictures, pictures.Pictures]:
+    from common import hub
+
+    kind = pictures.KINDS[config.dataset]
+    kept = hub.arrays(config.dataset, kind, config.data_dir, config.cache_dir, say)
+    found = {name: torch.from_numpy(array) for name, array in kept.arrays.items()}
+    seed = config.seed if kind.moved else None
+    return (
+        pictures.Pictures(kind, found["train_pixels"], found["train_labels"], seed, digest=kept.digest),
+        pictures.Pictures(kind, found["test_pixels"], found["test_labels"], None),
+    )
+
+
 def fetch(data: Dataset, indices: torch.Tensor, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The batch of ``indices`` on ``device``, floats as ``dtype``: in one call where the data set can (``__getitems__``)."""
-    if isinstance(data, Tensors):
+    if isinstance(data, BuiltIn):
         return data.__getitems__(indices if device.type == "cpu" else indices.to(device))
     if hasattr(data, "__getitems__"):
         batch = data.__getitems__(indices.tolist())

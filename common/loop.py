@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,15 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import acceleration, checkpoint, datasets, models, now
+from common import acceleration, checkpoint, datasets, models, now, optimizers
 from common.checks import check_world
 from common.config import JOBS, TrainConfig
 from common.console import Console
 from common.device import choose_device, peak_memory_bytes, shared_out_memory_bytes, wait_for
 from common.events import Phases
 from common.files import write_json
+from common.gpt import GPT, flops_per_token
 from common.gradients import DDP, Gradients, Way, average_over, choose_way
 from common.lean import spare_the_compiler
+from common.meeting import Meeting, by_rank_0, check_alike, once_per_node
+from common.peaks import peak_flops
+from common.plots import Curves
 from common.precision import Precision
 from common.process_group import Group, announce, process_group, refused_together
 from common.rank import Rank
@@ -26,6 +31,7 @@ from common.sampling import Sampler, make_sampler
 from common.steps import Untimed, step_times, told
 from common.uneven import join
 
+Parts = tuple[datasets.Dataset, datasets.Dataset]
 EVAL_BATCH = 512  # samples a forward pass without gradients
 
 
@@ -51,9 +57,12 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
             acceleration.keep_freed_memory()
         if not config.compile:
             spare_the_compiler()
-        train_data, eval_data = datasets.load_datasets(config, device, dtype)
+        train_data, eval_data = _data(config, arrival.meeting, lambda: datasets.load_datasets(config, device, dtype, console.line))
         check_world(config, rank.world_size, len(train_data))
-        model = acceleration.placed(models.build_model(config), config, device, dtype)
+        model = models.build_model(config)
+        if saved := config.resume:  # on rank 0, whose weights all start with
+            by_rank_0(arrival.meeting, lambda: console.line(checkpoint.resume(saved, model)))
+        model = acceleration.placed(model, config, device, dtype)
         job = JOBS[config.job]
         if (config.model, config.dataset) != (job.model, job.dataset):
             first = torch.arange(min(2, len(train_data)))
@@ -66,7 +75,7 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
         phases.joined(group.clock.offset_seconds, group.clock.round_trip_seconds, group.arrivals[0]["command_started"], threads)
         console.joined(group, threads)
         console.way(way)
-        console.compute(device.type, acceleration.fused(model, config))
+        console.compute(device.type, optimizers.title(model, config))
         console.cores(group)
         console.unlike_one_process(model)
         console.model(model)
@@ -74,6 +83,15 @@ def run(config: TrainConfig, rank: Rank, phases: Phases) -> None:
         training.epochs()
         training.report(threads, shipped)
     phases.mark("group_left")
+
+
+def _data(config: TrainConfig, meeting: Meeting | None, load: Callable[[], Parts]) -> Parts:
+    """Training and evaluation data, which are made ready once per node where they come from files, and are the same on all."""
+    if config.dataset in datasets.GENERATED:
+        return load()
+    parts = once_per_node(meeting, load) if config.dataset in datasets.FROM_FILES else load()
+    check_alike(meeting, datasets.facts(*parts), "give all nodes the same data")
+    return parts
 
 
 @dataclass
@@ -94,9 +112,11 @@ class _Run:
     train_loss: list[float] = field(default_factory=list)
     eval_loss: list[float] = field(default_factory=list)
     eval_accuracy: list[float | None] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)  # in each epoch's last step
     times: Untimed = field(default_factory=Untimed)
     step_seconds: list[float] = field(default_factory=list)  # of each epoch's training steps, without the very first step
     eval_seconds: float = 0.0
+    samples_per_epoch: int = 0
     samples_after_first_step: int = 0
     bytes_per_step: int = 0  # that this rank hands to the collectives
     epoch_end_seconds: list[float] = field(default_factory=list)  # of each epoch, from the end of the first step
@@ -110,11 +130,13 @@ class _Run:
             acceleration.compile(self.model)
         self.times = step_times(self.config, self.group, self.way, self.model)
         gradients = average_over(self.group, self.model, self.config, self.way)
-        optimizer = acceleration.sgd(self.model, self.config)
+        update = optimizers.Update(self.model, self.config, self.precision, sampler.steps * self.config.epochs)
         self.phases.mark("model_built")
+        set_epoch = getattr(self.train_data, "set_epoch", lambda epoch: None)  # of data that differ from epoch to epoch
         for epoch in range(self.config.epochs):
-            with self._until_all_are_done(gradients, optimizer):
-                sums = self._train_epoch(epoch, sampler, gradients, optimizer, with_labels)
+            set_epoch(epoch)
+            with self._until_all_are_done(gradients, update.optimizer):
+                sums = self._train_epoch(epoch, sampler, gradients, update, with_labels)
             wait_for(self.device)
             trained = now()
             seen = self._evaluate(with_labels)
@@ -122,10 +144,12 @@ class _Run:
             totals = self.group.sum(torch.cat([sums.double().cpu(), seen]))
             self.eval_seconds += now() - trained
             self.epoch_end_seconds.append(self.phases.now() - self.phases.marks["first_step_done"])
+            self.learning_rates.append(update.learning_rate)
             self._note_epoch(epoch, sampler, totals)
         self.bytes_per_step = gradients.bytes_per_step()
         gradients.close()
         self.phases.mark("training_done")
+        self.samples_per_epoch = sampler.samples_per_epoch
         self.samples_after_first_step = sampler.samples_per_epoch * self.config.epochs - int(sampler.batch_samples()[0])
 
     def _until_all_are_done(self, gradients: Gradients, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Any]:
@@ -139,7 +163,7 @@ class _Run:
         return (acceleration.channels_last(x) if self.config.channels_last else x), y
 
     def _train_epoch(
-        self, epoch: int, sampler: Sampler, gradients: Gradients, optimizer: torch.optim.Optimizer, with_labels: bool
+        self, epoch: int, sampler: Sampler, gradients: Gradients, update: optimizers.Update, with_labels: bool
     ) -> Tensor:
         """One pass over this rank's share; returns its summed loss per step, shape (steps,), on the device."""
         sums = torch.zeros(sampler.steps, device=self.device, dtype=self.precision.weights)
@@ -147,7 +171,7 @@ class _Run:
         self.model.train()
         began = now()
         for step, shares in enumerate(times.steps(sampler.epoch(epoch))):
-            optimizer.zero_grad(set_to_none=True)
+            update.zero_grad()
             times.mark("optimizer")
             for number, share in enumerate(shares, 1):
                 with gradients.no_sync() if number < len(shares) or times.probing else nullcontext():
@@ -162,7 +186,7 @@ class _Run:
                 times.mark("rest")
             times.averaging(gradients).finish()
             times.mark("communication")
-            self.precision.step(optimizer)
+            update.step(epoch * sampler.steps + step)
             times.mark("optimizer")
             if epoch == step == 0:
                 wait_for(self.device)
@@ -202,6 +226,25 @@ class _Run:
         self.eval_accuracy.append(correct / classed if classed else None)
         self.console.epoch(epoch + 1, self.train_loss[-1], self.eval_loss[-1], self.eval_accuracy[-1])
 
+    def _used(self, tokens: float | None) -> float | None:
+        """The part of the devices' peak that is the model's own operations (MFU); None where that is not known."""
+        peak = peak_flops(self.device, bool(self.precision.half))
+        if not (tokens and peak and isinstance(self.model, GPT)):
+            return None
+        return tokens * flops_per_token(self.model) / (peak * self.group.rank.world_size)
+
+    def _curves(self, step_seconds: Tensor) -> Curves:
+        """What is drawn; ``step_seconds``: the slowest rank's, shape (epochs,), the first without the very first step."""
+        samples = torch.full((self.config.epochs,), float(self.samples_per_epoch))
+        samples[0] -= self.samples_per_epoch * self.config.epochs - self.samples_after_first_step
+        return Curves(
+            self.train_loss,
+            self.eval_loss,
+            self.eval_accuracy,
+            self.learning_rates,
+            [n / s if n and s else None for n, s in zip(samples.tolist(), step_seconds.tolist(), strict=True)],
+        )
+
     def report(self, threads: int, shipped: int) -> None:
         """Gathers what every rank measured; rank 0 tells and writes it."""
         marks = self.phases.marks
@@ -214,7 +257,9 @@ class _Run:
         step_seconds, eval_seconds = everyone[:, -4].max().item(), everyone[:, -3].max().item()
         rate = self.samples_after_first_step / step_seconds if self.samples_after_first_step and step_seconds else None
         launch_seconds = slowest["first_step_done"] if self.phases.known else None
-        self.console.summary(train_seconds, rate, launch_seconds)
+        tokens = rate * self.config.context if rate and self.config.dataset == "text" else None
+        used = self._used(tokens)
+        self.console.summary(train_seconds, rate, launch_seconds, tokens, used)
         steps = self.times.gathered()
         if steps and not self.group.rank.rank:
             self.console.line(told(steps))
@@ -225,7 +270,8 @@ class _Run:
             from common.plots import training_curves
 
             title = f"{config.job} on {rank.world_size} rank{'s' * (rank.world_size > 1)} ({rank.launcher})"
-            training_curves(config.plot, self.train_loss, self.eval_loss, self.eval_accuracy, title)
+            seconds = everyone[:, len(marks) : -4].max(0).values
+            training_curves(config.plot, self._curves(seconds), title)
         if config.save:
             checkpoint.save(config.save, self.model, config)
         if config.result:
@@ -247,7 +293,8 @@ class _Run:
                 "keep_memory": config.keep_memory,
                 "compile": config.compile,
                 "sync_batchnorm": config.sync_batchnorm,
-                "fused_optimizer": acceleration.fused(self.model, config),
+                "optimizer": config.optimizer,
+                "fused_optimizer": optimizers.fused(self.model, config),
                 "sampler": config.sampler,
                 "sync": self.way.name,
                 "sync_asked": config.sync,
@@ -257,6 +304,7 @@ class _Run:
                 "accumulate": config.accumulate,
                 "global_batch_size": config.global_batch(rank.world_size),
                 "learning_rate": config.learning_rate,
+                "learning_rate_per_epoch": self.learning_rates,
                 "epochs": config.epochs,
                 "seed": config.seed,
                 "hosts": [a["host"] for a in self.group.arrivals],
@@ -275,6 +323,8 @@ class _Run:
                 "step_times": steps,
                 "epoch_end_seconds": self.epoch_end_seconds,
                 "samples_per_second": rate,
+                "tokens_per_second": tokens,
+                "model_flops_utilisation": used,
                 "launch_seconds": launch_seconds,
                 "phases": slowest,
                 "peak_memory_bytes": max(memory) or None,

@@ -6,20 +6,21 @@ import errno
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from common.endings import watcher
-from common.errors import RunError, complain, one_line
+from common.errors import RunError, UsageError, complain, one_line
 from common.interfaces import leads_back, own_address
 from common.ports import port_taken
 from common.rank import Rank
 
+T = TypeVar("T")
 SPEAK_S = (3.0, 15.0)  # until it is said who is waited for: nodes are often started by hand; ranks of one node start together
 AGAIN_S = 30.0
 OWN_NAME_S = 3.0  # that a container's network may take to know a name
@@ -109,6 +110,72 @@ class Meeting:
         return [json.loads(value) for value in self.store.multi_get(keys)]
 
 
+def once_per_node(meeting: Meeting | None, make: Callable[[], T]) -> T:
+    """``make()`` on the node's first rank, then on its others, which find what that has left.
+
+    Raises:
+        UsageError: it was refused on a rank; the others of its node get the same.
+    """
+    if meeting is None:
+        return make()
+    rank = meeting.rank
+    meeting.link.seek_before_work(meeting.patience)
+    return _after_the_first(meeting.store, f"made/{rank.node_rank}", rank.local_rank == 0, make)
+
+
+def check_alike(meeting: Meeting | None, facts: Mapping[str, Any], remedy: str) -> None:
+    """Compares what every rank has found, once all have.
+
+    However long it takes: ``patience`` is for ranks that do nothing. If a rank dies the watcher ends the others.
+
+    Args:
+        meeting: None: there are no others.
+        facts: name → a value fit for JSON.
+        remedy: the end of the sentence where they differ.
+
+    Raises:
+        UsageError: they differ (on all ranks).
+    """
+    if meeting is None:
+        return
+    meeting.tell("found", dict(facts))
+    first, *others = meeting.hear("found", "", until=float("inf"))
+    for number, other in enumerate(others, 1):
+        for name, value in other.items():
+            if value != first[name]:
+                raise UsageError(f"rank {number} has {name} {value} where rank 0 has {first[name]}; {remedy}")
+
+
+def by_rank_0(meeting: Meeting | None, do: Callable[[], None]) -> None:
+    """``do()`` on rank 0; the others wait for it.
+
+    Raises:
+        UsageError: it was refused there; all ranks get the same.
+    """
+    if meeting is None:
+        return do()
+    first = meeting.rank.rank == 0
+    return _after_the_first(meeting.store, "done", first, do if first else lambda: None)
+
+
+def _after_the_first(store: dist.Store, key: str, first: bool, make: Callable[[], T]) -> T:
+    """``make()``: at once on the ``first`` of some ranks; on the others then, unless it was refused."""
+    if not first:
+        while not store.check([key]):  # the store's own wait() is deaf to Ctrl-C
+            time.sleep(0.02)
+        if refusal := json.loads(store.get(key)):
+            raise UsageError(refusal)
+        return make()
+    refusal = None
+    try:
+        return make()
+    except UsageError as error:
+        refusal = str(error)
+        raise
+    finally:
+        store.set(key, json.dumps(refusal))
+
+
 class WatcherLink:
     """Brings this node's watcher together with those of other nodes: a failure on one is then told on all."""
 
@@ -136,6 +203,13 @@ class WatcherLink:
             addresses = {offer["address"]: None} | dict.fromkeys(_numbers(self.rank.master_addr or ""))
             there = sorted(filter(None, addresses), key=lambda address: address.startswith("127."))
             self.reporter.tell(event="connect", addresses=there, port=offer["port"], token=offer["token"])
+
+    def seek_before_work(self, patience: float) -> None:
+        """Waits for rank 0, ``patience`` seconds at most, to seek it: who then works for minutes hears of failures elsewhere."""
+        until = time.monotonic() + patience
+        while self.wanted and not self.store.check(["here/0"]) and time.monotonic() < until:
+            time.sleep(0.02)
+        self.seek()
 
 
 def _numbers(host: str) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.config import TrainConfig
 from common.errors import UsageError, one_line
+from common.gpt import GPT
 from common.parts import build, load_class
 
 Output = dict[str, Tensor]
@@ -37,6 +38,29 @@ class CNN(nn.Module):
         x = F.max_pool2d(F.relu(self.conv1(image)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         logits = self.classes(F.relu(self.hidden(x.flatten(1))))
+        return _output(logits, labels)
+
+
+class CifarNet(nn.Module):
+    """Two convolutions and three linear layers for 32×32 colour pictures of ten classes; 62,006 parameters.
+
+    Source: https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html
+    """
+
+    def __init__(self) -> None:
+        """3→6→16 channels of 5×5, each with ReLU and 2×2 max-pooling, then 400→120→84→10."""
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.hidden1 = nn.Linear(16 * 5 * 5, 120)
+        self.hidden2 = nn.Linear(120, 84)
+        self.classes = nn.Linear(84, 10)
+
+    def forward(self, image: Tensor, labels: Tensor | None = None) -> Output:
+        """``image`` (n, 3, 32, 32), ``labels`` int64 (n,) → logits (n, 10) and, with labels, the mean cross-entropy."""
+        x = F.max_pool2d(F.relu(self.conv1(image)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        logits = self.classes(F.relu(self.hidden2(F.relu(self.hidden1(x.flatten(1))))))
         return _output(logits, labels)
 
 
@@ -127,6 +151,10 @@ def build_model(config: TrainConfig) -> nn.Module:
         return Linear(config.input_size)
     if config.model == "mlp":
         return MLP(config.hidden_size)
+    if config.model == "cifar_net":
+        return CifarNet()
+    if config.model == "gpt":
+        return GPT(config.layers, config.heads, config.width, config.context)
     made = load_class("--model", config.model)
     model = build("--model", config.model, made, {"input_size": config.input_size, "hidden_size": config.hidden_size})
     if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.files import write_whole
 
@@ -50,30 +51,53 @@ def save(drawn: Figure, path: str | Path, caption: str = "") -> None:
     write_whole(path, lambda stream: drawn.savefig(stream, format=kind, dpi=150, metadata=metadata))
 
 
-def training_curves(
-    path: str | Path, train_loss: Sequence[float], eval_loss: Sequence[float], accuracy: Sequence[float | None], title: str
-) -> None:
-    """Train and eval loss, and accuracy where there is one, per epoch."""
+@dataclass(frozen=True)
+class Curves:
+    """Of a training, a number an epoch."""
+
+    train_loss: Sequence[float]
+    eval_loss: Sequence[float]
+    accuracy: Sequence[float | None]
+    """Of the evaluation data, 0 to 1; None where there are no classes."""
+    learning_rate: Sequence[float]
+    """In the epoch's last step."""
+    samples_per_second: Sequence[float | None]
+    """While it trained; None for an epoch of one step, the first."""
+
+
+def training_curves(path: str | Path, curves: Curves, title: str) -> None:
+    """Losses, and accuracy where there is one; below them the learning rate and the speed."""
     from matplotlib.ticker import MaxNLocator
 
-    drawn = figure()
-    epochs = range(1, len(train_loss) + 1)
-    left = drawn.add_subplot()
-    left.plot(epochs, train_loss, color=COLOURS[0], marker=MARKERS[0], markersize=4, label="train loss")
-    left.plot(epochs, eval_loss, color=COLOURS[1], marker=MARKERS[1], markersize=4, label="eval loss")
+    drawn = figure(height=6.0)
+    epochs = range(1, len(curves.train_loss) + 1)
+    grid = drawn.add_gridspec(2, 2, height_ratios=[2.2, 1])
+    left, rate, speed = (drawn.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
+    _line(left, epochs, curves.train_loss, 0, "train loss")
+    _line(left, epochs, curves.eval_loss, 1, "eval loss")
     left.set(xlabel="epoch", ylabel="loss (mean over samples)", title=title)
-    if min(*train_loss, *eval_loss) > 0:
+    if min(*curves.train_loss, *curves.eval_loss) > 0:
         left.set_yscale("log")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     lines = left.get_lines()
-    if accuracy and accuracy[0] is not None:
+    if curves.accuracy and curves.accuracy[0] is not None:
         right = left.twinx()
         right.grid(False)
         right.spines["right"].set_visible(True)
-        right.plot(
-            epochs, [100 * (a or 0) for a in accuracy], color=COLOURS[2], marker=MARKERS[2], markersize=4, label="eval accuracy"
-        )
+        _line(right, epochs, [100 * (a or 0) for a in curves.accuracy], 2, "eval accuracy")
         right.set(ylabel="accuracy (%)")
         lines = [*lines, *right.get_lines()]
-    left.legend(lines, [str(line.get_label()) for line in lines], loc="center right")
+    drawn.legend(lines, [str(line.get_label()) for line in lines], loc="outside upper center", ncols=3)
+    _line(rate, epochs, curves.learning_rate, 3, "")
+    rate.set(xlabel="epoch", ylabel="learning rate")
+    _line(speed, epochs, [float("nan") if s is None else s for s in curves.samples_per_second], 4, "")
+    speed.set(xlabel="epoch", ylabel="samples/s")
+    for axes in (rate, speed):
+        axes.margins(y=0.1)
+        axes.set_ylim(bottom=0)
+    for axes in (left, rate, speed):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     save(drawn, path)
+
+
+def _line(axes: Any, x: Sequence[int], y: Sequence[float], number: int, label: str) -> None:
+    axes.plot(x, y, color=COLOURS[number], marker=MARKERS[number], markersize=4, label=label)

@@ -49,6 +49,10 @@ class Precision:
         """Backward, with the loss scaled for fp16."""
         self.scaler.scale(loss).backward()
 
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides the gradients by fp16's scale now, for whoever looks at them before ``step``."""
+        self.scaler.unscale_(optimizer)
+
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's step, once the gradients are what all ranks agree on; left out where fp16 overflowed."""
         self.scaler.step(optimizer)

@@ -30,7 +30,7 @@ from common.rank import Rank, on_this_machine
 from common.values import AS_SHIPPED
 
 # What may differ between nodes: files, and how each node was started.
-_PER_NODE = (*OUTPUTS, *START_FLAGS, "log_every", "log_all_ranks", "debug", "threads")
+_PER_NODE = (*OUTPUTS, *START_FLAGS, "data_dir", "cache_dir", "resume", "log_every", "log_all_ranks", "debug", "threads")
 _CLOCK_TURNS = 12  # questions to rank 0's clock; the first only opens the way
 
 

@@ -63,7 +63,8 @@ class _Hook(JoinHook):
         src = int(source)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                dist.broadcast(self.optimizer.state[parameter]["momentum_buffer"], src)
+                for _, tensor in sorted(self.optimizer.state[parameter].items()):
+                    dist.broadcast(tensor, src)
         if self.precision.scaler.is_enabled():
             scale = [self.precision.scaler.state_dict()]
             dist.broadcast_object_list(scale, src)

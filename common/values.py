@@ -75,6 +75,14 @@ def positive(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    """A finite float, 0 or more."""
+    try:
+        return positive(text) if float(text) else 0.0
+    except ValueError:
+        raise ValueError("a number, 0 or more") from None
+
+
 def seconds(text: str) -> float:
     """Seconds above 0, at most a week: clocks below count in milliseconds and do not take any number."""
     with contextlib.suppress(ValueError):

@@ -91,7 +91,9 @@ def test_notebooks_run_launchers_as_subprocesses_only():
         ("dotenv", {"common/command_line.py"}),
         ("rich", {"common/console.py", "benchmarks/"}),
         ("psutil", {"benchmarks/harness/"}),
-        ("PIL", {"common/plots.py"}),
+        ("PIL", {"common/plots.py", "common/hub.py", "common/predict.py"}),
+        ("filelock", {"common/cache.py"}),
+        ("datasets", {"common/hub.py"}),
         ("transformers", {"launchers/hf_trainer.py", "benchmarks/peer_scripts/trainer_loop.py"}),
         ("accelerate", {"launchers/hf_trainer.py", "benchmarks/peer_scripts/accelerate_loop.py"}),
         ("torchrunx", {"benchmarks/peer_scripts/torchrunx_loop.py"}),
@@ -119,7 +121,7 @@ def test_the_peers_scripts_use_nothing_of_this_project():
 
 
 def test_common_and_launchers_need_nothing_else():
-    known = set(sys.stdlib_module_names) | {"common", "torch", "numpy", "mpi4py", "matplotlib", "dotenv", "rich", "PIL"}
+    known = set(sys.stdlib_module_names) | {"common", "torch", "numpy", "mpi4py", "matplotlib", "dotenv", "rich", "PIL", "filelock"}
     known |= {"transformers", "accelerate", "datasets"}  # where, the test above holds
     assert {(n, p) for n, ps in IMPORTS.items() if not n.startswith("benchmarks/") for p in ps - known} == set()
 

@@ -69,7 +69,8 @@ class Running:
         self.limit_s = limit_s
         self._marker = uuid.uuid4().hex
         self._files = [tempfile.TemporaryFile() for _ in range(2)]  # not pipes: whoever outlives the command cannot block it
-        given = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(variables or {}) | {MARKER: self._marker}
+        # SAVE: a job that saves its model by itself does not when it is measured.
+        given = os.environ | {"PYTHONUNBUFFERED": "1", "SAVE": "none"} | dict(variables or {}) | {MARKER: self._marker}
         environment = {name: value for name, value in given.items() if value is not None}
         environment[events.STARTED] = f"{events.clock_id()}:{now()}"
         self._began = time.perf_counter()

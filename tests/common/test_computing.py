@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import acceleration, models
+from common import acceleration, models, optimizers
 from common.checks import check_world
 from common.command_line import parse_config
 from common.gradients import choose_way
@@ -115,7 +115,7 @@ def test_channels_last_changes_neither_what_a_step_computes_nor_what_is_saved(tm
         digests.append(checkpoint.sha256(model))
         torch.manual_seed(1)
         x, y = torch.randn(5, 1, 28, 28, dtype=torch.float64), torch.arange(5)
-        optimizer = acceleration.sgd(model, asked)
+        optimizer = optimizers.sgd(model, asked)
         for _ in range(2):
             optimizer.zero_grad()
             model(acceleration.channels_last(x) if asked.channels_last else x, y)["loss"].backward()
@@ -136,8 +136,8 @@ def test_fused_sgd_computes_what_sgd_computes(dtype):
     torch.manual_seed(0)
     model, other = nn.Linear(7, 5).to(dtype), nn.Linear(7, 5).to(dtype)
     other.load_state_dict(model.state_dict())
-    assert acceleration.fused(model, config())
-    one, two = acceleration.sgd(model, config("--lr 0.1")), torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, fused=False)
+    assert optimizers.fused(model, config())
+    one, two = optimizers.sgd(model, config("--lr 0.1")), torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, fused=False)
     assert one.param_groups[0]["fused"] is True
     for _ in range(3):
         for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -152,15 +152,15 @@ def test_fused_sgd_computes_what_sgd_computes(dtype):
 def test_what_has_numbers_that_no_kernel_takes_is_not_fused():
     layer = nn.Linear(2, 2)
     layer.register_parameter("phase", nn.Parameter(torch.zeros(1, dtype=torch.complex64)))
-    assert not acceleration.fused(layer, config())
-    assert not acceleration.fused(nn.Linear(2, 2, device="meta"), config())
+    assert not optimizers.fused(layer, config())
+    assert not optimizers.fused(nn.Linear(2, 2, device="meta"), config())
 
 
 def test_a_first_step_left_out_by_fp16_leaves_no_momentum():
     """torch's fused SGD goes on with memory that nobody filled, so fp16 has the other one."""
     model = nn.Linear(300, 300, bias=False)
     nn.init.ones_(model.weight)
-    optimizer, precision = acceleration.sgd(model, config("--precision fp16 --lr 1")), Precision(config("--precision fp16"), CPU)
+    optimizer, precision = optimizers.sgd(model, config("--precision fp16 --lr 1")), Precision(config("--precision fp16"), CPU)
     for factor in (float("inf"), 0.5):
         optimizer.zero_grad()
         precision.backward(model.weight.sum() * factor)
@@ -173,7 +173,7 @@ def test_a_first_step_left_out_by_fp16_leaves_no_momentum():
 UNEVEN = """
 import json, sys
 import torch
-from common import acceleration
+from common import optimizers
 from common.command_line import parse_config
 from common.gradients import DDP
 from common.precision import Precision
@@ -186,7 +186,7 @@ config = parse_config("test.py", argv="--timeout 30 --precision fp16 --lr 0.001 
 cpu = torch.device("cpu")
 with process_group(announce(Rank("test", number, 3, number, 3, 0, "127.0.0.1", port), config), cpu) as group:
     model, precision = torch.nn.Linear(1, 1, bias=False), Precision(config, cpu)
-    gradients, optimizer, told = DDP(model, group, config), acceleration.sgd(model, config), []
+    gradients, optimizer, told = DDP(model, group, config), optimizers.sgd(model, config), []
     for epoch in range(2):
         with join(gradients.wrapped, optimizer, precision):
             for step in range(1 + number):  # 1, 2 and 3 steps; too large for fp16 in the first epoch
@@ -232,7 +232,7 @@ def test_sync_batchnorm_needs_cuda_and_batchnorm():
 TWO_ON_ONE_GPU = """
 import sys
 import torch
-from common import acceleration
+from common import optimizers
 from common.command_line import parse_config
 from common.gradients import DDP, ByHand
 from common.process_group import announce, process_group
@@ -329,7 +329,7 @@ def test_one_channel_is_laid_out_last_too():
 def test_a_parameter_may_be_used_for_the_first_time_in_a_later_step():
     asked, trained = config(), []
     for make in (
-        lambda m: acceleration.sgd(m, asked),
+        lambda m: optimizers.sgd(m, asked),
         lambda m: torch.optim.SGD(m.parameters(), asked.learning_rate, momentum=0.9),
     ):
         torch.manual_seed(0)
@@ -343,5 +343,5 @@ def test_a_parameter_may_be_used_for_the_first_time_in_a_later_step():
             x.square().sum().backward()
             optimizer.step()
         trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert acceleration.fused(model, asked)
+    assert optimizers.fused(model, asked)
     assert torch.allclose(*trained, rtol=1e-6) and trained[0].isfinite().all()

@@ -32,10 +32,20 @@ TAKEN_AND_REFUSED = {
     "learning_rate": ([("0.1", 0.1), ("1e-3", 1e-3)], ["0", "-0.1", "nan", "inf", "1e999", "fast", ""]),
     "seed": ([("0", 0), ("2147483647", 2**31 - 1)], ["-1", "2147483648", "1.5", "x"]),
     "model": ([("cnn", "cnn"), ("my.module:Net", "my.module:Net")], ["cnnn", "my.module", ":Net", "a-b:Net", "m:", "m:a.b", ""]),
-    "dataset": ([("digits", "digits"), ("m:D", "m:D")], ["mnist", "m-1.py:D", "1m:D", "m:1D", "m:D:E", ""]),
+    "dataset": ([("digits", "digits"), ("m:D", "m:D")], ["mnst", "m-1.py:D", "1m:D", "m:1D", "m:D:E", ""]),
     "input_size": ([("7", 7)], WHOLE),
     "hidden_size": ([("7", 7)], WHOLE),
     "data_size": ([("700", 700)], WHOLE),
+    **{name: ([("8", 8)], WHOLE) for name in ("layers", "width", "context")},
+    "heads": ([("2", 2)], [*WHOLE, "3"]),
+    "data_dir": ([("books", "books")], ["", " "]),
+    "cache_dir": ([("kept", "kept")], ["", " "]),
+    "resume": ([("a.pth", "a.pth")], ["", " "]),
+    "optimizer": ([("sgd", "sgd"), ("adamw", "adamw")], ["adam", "SGD", ""]),
+    "schedule": ([("constant", "constant"), ("cosine", "cosine")], ["linear", ""]),
+    "warmup": ([("0", 0), ("7", 7)], ["-1", "x", "0.5", ""]),
+    "weight_decay": ([("0", 0.0), ("0.1", 0.1)], ["-0.1", "nan", "inf", "x", ""]),
+    "clip": ([("0", 0.0), ("1.5", 1.5)], ["-1", "nan", "inf", "x", ""]),
     "sampler": ([("exact", "exact"), ("distributed", "distributed"), ("uneven", "uneven")], ["exactly", "", "none"]),
     "accumulate": ([("2", 2)], WHOLE),
     "backend": ([("auto", "auto"), ("gloo", "gloo"), ("nccl", "nccl")], ["glo", "mpi", ""]),
@@ -57,7 +67,7 @@ TAKEN_AND_REFUSED = {
     "inspect": ([], []),  # and another
     "debug": ([], []),  # and another, which no variable sets
     "plot": ([("a.png", "a.png"), ("b.SVG", "b.SVG"), ("c.pdf", "c.pdf")], ["a.gif", "a", "", " ", "missing/a.png"]),
-    "save": ([("a.pt", "a.pt")], ["", "  ", "missing/a.pt", "."]),
+    "save": ([("a.pt", "a.pt"), ("none", None)], ["", "  ", "missing/a.pt", "."]),
     "result": ([("a.json", "a.json")], ["", "  ", "missing/a.json", ".."]),
     "events": ([("traces", "traces")], ["", "  ", __file__]),
     "world_size": ([("4", 4)], WHOLE),
@@ -69,7 +79,12 @@ TAKEN_AND_REFUSED = {
     "master_addr": ([("node-1.example", "node-1.example")], ["", "   "]),
     "master_port": ([("0", 0), ("65535", 65535)], ["-1", "65536", "http", ""]),
 }
-NEEDS = {"input_size": ["--job", "random"], "hidden_size": ["--job", "regression"], "data_size": ["--job", "random"]}
+NEEDS = {
+    "input_size": ["--job", "random"],
+    "hidden_size": ["--job", "regression"],
+    "data_size": ["--job", "random"],
+    **{name: ["--job", "text"] for name in ("layers", "heads", "width", "context", "data_dir")},
+}
 
 
 def test_the_table_holds_every_flag():
@@ -287,7 +302,9 @@ def test_another_data_set_brings_its_own_size():
         ("--job regression --input-size 100", "--input_size 100", "--job random"),
         ("--hidden_size 8", "--hidden_size 8", "--job regression"),
         ("--job random --hidden_size 8", "--hidden_size 8", "--job regression"),
-        ("--data_size 500", "--data_size 500", "--job random or regression"),
+        ("--data_size 500", "--data_size 500", "--job random, regression or text"),
+        ("--job mnist --layers 3", "--layers 3", "--job text"),
+        ("--data_dir books", "--data_dir books", "--job mnist, cifar10 or text"),
     ],
 )
 def test_a_flag_that_the_job_does_not_use_is_refused_and_names_the_job(argv, given_text, job):
@@ -480,7 +497,7 @@ def help_text(capsys, extra):
 @pytest.mark.parametrize("extra", [(), c.MASTER_FLAGS, RANK_FLAGS, SPAWN_FLAGS, ELASTIC_FLAGS])
 def test_help_is_grouped_with_the_common_flags_first_and_lists_every_flag(capsys, extra):
     text = help_text(capsys, extra)
-    groups = [c.COMMON, c.PARTS, c.GRADIENTS, c.MACHINE, c.OUTPUT] + ([c.RANKS] if extra else [])
+    groups = [c.COMMON, c.PARTS, c.UPDATE, c.GRADIENTS, c.MACHINE, c.OUTPUT] + ([c.RANKS] if extra else [])
     places = [text.index(f"\n{title}:") for title in groups]
     assert places == sorted(places) and "What it does." in text
     for name, field in FIELDS.items():

@@ -63,6 +63,16 @@ def test_accuracy_and_times(capfd):
     ]
 
 
+def test_a_text_s_bits_and_tokens_and_what_is_used_of_the_device(capfd):
+    c = console(0, 0, "--job text --epochs 2")
+    c.epoch(1, 2.0, 1.5, 0.25)
+    c.summary(2.0, 100.0, None, 12800.0, 0.4567)
+    assert capfd.readouterr().out.splitlines() == [
+        "Epoch [1/2] - Train Loss: 2.000000, Eval Loss: 1.500000 (2.1640 bits per byte)",
+        "Total time: 2.00 s, average time per epoch: 1.000 s, 100 samples/s, 12,800 tokens/s, model FLOPs utilisation 45.7 %",
+    ]
+
+
 def test_rank_0_shows_the_model_and_nobody_else(capfd):
     for number in range(3):
         console(number).model(models.MLP())

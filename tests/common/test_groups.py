@@ -227,14 +227,14 @@ def test_two_ranks_average_gradients_alike_whatever_the_way():
 
 # -------------------------------------------------------------------------------------------------------------- plots
 
-CURVES = ([1.0, 0.5, 0.25], [1.1, 0.6, 0.4], [0.2, 0.5, 0.9])
+CURVES = plots.Curves([1.0, 0.5, 0.25], [1.1, 0.6, 0.4], [0.2, 0.5, 0.9], [0.1, 0.2, 0.1], [None, 900.0, 1000.0])
 
 
 @pytest.mark.parametrize(
     ("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("B.PNG", b"\x89PNG")]
 )
 def test_curves_are_drawn_in_the_format_of_the_name(tmp_path, name, begins):
-    plots.training_curves(tmp_path / name, *CURVES, "digits on 2 ranks (plain)")
+    plots.training_curves(tmp_path / name, CURVES, "digits on 2 ranks (plain)")
     assert (tmp_path / name).read_bytes().startswith(begins)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -242,17 +242,17 @@ def test_curves_are_drawn_in_the_format_of_the_name(tmp_path, name, begins):
 def test_a_picture_has_the_size_and_shows_something(tmp_path):
     from PIL import Image
 
-    plots.training_curves(tmp_path / "a.png", *CURVES, "t")
+    plots.training_curves(tmp_path / "a.png", CURVES, "t")
     with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (8 * 150, 675)
+        assert picture.size == (8 * 150, 6 * 150)
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
-    for wanted in plots.COLOURS[:3]:
+    for wanted in plots.COLOURS[:5]:
         assert tuple(bytes.fromhex(wanted[1:])) in colours
 
 
 def test_the_same_data_give_the_same_svg(tmp_path):
-    for name, curves in (("a", CURVES), ("b", CURVES), ("c", (CURVES[1], CURVES[0], CURVES[2]))):
-        plots.training_curves(tmp_path / f"{name}.svg", *curves, "t")
+    for name, curves in (("a", CURVES), ("b", CURVES), ("c", dataclasses.replace(CURVES, train_loss=CURVES.eval_loss))):
+        plots.training_curves(tmp_path / f"{name}.svg", curves, "t")
     a, b, c = ((tmp_path / f"{name}.svg").read_bytes() for name in "abc")
     assert a == b != c
 
@@ -262,7 +262,7 @@ def test_the_same_data_give_the_same_svg(tmp_path):
     [([1.0], [1.0], [None]), ([1.0, -1.0], [0.0, 2.0], [None, None]), ([1.0, float("nan")], [float("inf"), 1.0], [0.1, 0.1])],
 )
 def test_short_flat_and_diverged_curves_are_drawn(tmp_path, curves):
-    plots.training_curves(tmp_path / "a.png", *curves, "t")
+    plots.training_curves(tmp_path / "a.png", plots.Curves(*curves, [0.1] * len(curves[0]), [None] * len(curves[0])), "t")
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 

@@ -4,12 +4,13 @@ import json
 import re
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
 
 from common import meeting
-from common.errors import RunError
+from common.errors import RunError, UsageError
 from common.meeting import Meeting, Waiting, WatcherLink, listed
 from common.ports import PortReservation
 from common.rank import Rank
@@ -73,6 +74,46 @@ def test_missing_ranks_are_told_while_waiting(store):
 
     assert there.hear("x", "did not come", meanwhile=others) == [0, 1, 2, 3]
     assert heard[0] == "ranks 1, 3"
+
+
+def of_all(store, do):
+    """What ``do(meeting)`` returns or is refused on each of the four ranks, which the last one begins."""
+    with ThreadPoolExecutor(4) as pool:
+        ranks = [pool.submit(do, Meeting(store, rank(number, number % 2), 5.0)) for number in (3, 2, 1, 0)]
+        return [each.exception(10) or each.result() for each in reversed(ranks)]
+
+
+def test_a_node_s_first_rank_makes_what_its_others_then_find(store):
+    made = []
+
+    def make(number):
+        time.sleep(0.1 if number % 2 == 0 else 0)
+        made.append(number)
+        return number
+
+    assert of_all(store, lambda m: meeting.once_per_node(m, lambda: make(m.rank.rank))) == [0, 1, 2, 3]
+    assert made.index(0) < made.index(1) and made.index(2) < made.index(3)
+    assert meeting.once_per_node(None, lambda: 7) == 7
+
+
+def test_who_is_refused_what_all_need_is_so_on_every_rank(store):
+    def refused(m):
+        if m.rank.rank == 0:
+            raise UsageError("no such file")
+        raise AssertionError("rank 0 alone looks")
+
+    told = of_all(store, lambda m: meeting.by_rank_0(m, lambda: refused(m)))
+    assert [str(error) for error in told] == ["no such file"] * 4 and {type(error) for error in told} == {UsageError}
+
+
+def test_what_differs_from_rank_0_s_is_told_on_every_rank(store):
+    told = of_all(store, lambda m: meeting.check_alike(m, {"samples": 5, "digest": m.rank.rank // 2}, "give the same"))
+    assert [str(error) for error in told] == ["rank 2 has digest 1 where rank 0 has 0; give the same"] * 4
+
+
+def test_what_all_ranks_have_alike_is_well(store):
+    assert of_all(store, lambda m: meeting.check_alike(m, {"samples": 5}, "")) == [None] * 4
+    assert meeting.check_alike(None, {"samples": 5}, "") is None
 
 
 class Watcher:

@@ -13,7 +13,10 @@ import podman as engines
 import pytest
 from running import ROOT, Run, command
 
+from common import cache, hub
 from common.container import MPICH_RANK_BYTES
+from common.pictures import KINDS
+from tests.common import hub_files
 
 pytestmark = [pytest.mark.launch, pytest.mark.only_on("linux")]
 
@@ -112,6 +115,21 @@ def test_other_launchers_run_in_one_container_and_its_cpu_limit_counts(engine):
     assert ended.out.count("2 ranks on 1 node") == 2 and "Launcher torchrun" in ended.out and "Launcher mpi" in ended.out
     ended = run(engine, "--inspect", options=["--cpus=1"]).finish()
     assert ended.status == 0 and re.search(r"cpu\s+[\d,-]+\s+\d+\s+–\s+1$", ended.out, re.MULTILINE), ended
+
+
+def test_jobs_whose_data_are_made_ready(engine, tmp_path):
+    """Text is in the image; pictures that were decoded outside are mounted, so that the image needs no library to read them."""
+    hub_files.write(tmp_path / "data", "mnist", train=300, test=60)
+    hub.arrays("mnist", KINDS["mnist"], str(tmp_path / "data"), str(tmp_path / "kept"), print)
+    (made,) = (tmp_path / "kept").glob("mnist-*[!k]")
+    made.rename(tmp_path / "kept" / cache.key("mnist", []))  # as if they had come from the hub
+    small = "--epochs 1 --save none"
+    script = f"CACHE_DIR=/tmp/text python launchers/plain.py --job text --data_size 32 --layers 1 --width 32 {small} && "
+    script += f"python launchers/spawn.py --world_size 2 --job mnist {small}"
+    options = ["--volume", f"{tmp_path / 'kept'}:/cache:ro", "-e", "CACHE_DIR=/cache"]
+    ended = run(engine, "sh", "-c", script, options=options).finish()
+    assert ended.status == 0, ended
+    assert "bits per byte" in ended.out and "data mnist, 1 epoch" in ended.out, ended
 
 
 def test_containers_on_the_machine_s_own_network_are_one_node(engine, free_port):

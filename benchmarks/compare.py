@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from benchmarks.harness import batch_sizes, machine, node_comparison, plots, prediction, prediction_report, report, summary
+from benchmarks.harness import batch_sizes, cases, machine, node_comparison, plots, prediction, prediction_report, report, summary
 from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.node_main import compare_nodes
 from benchmarks.harness.session import Session
@@ -76,6 +76,7 @@ def main() -> int:
     session = Session(console, asked.limit_s)
     untimed, timed = ([], asked.sized()) if asked.batch_sizes else (asked.untimed(), asked.timed())
     console.print(f"{len(untimed) + len(timed)} runs on {caption}", highlight=False)
+    caption = report.other_loops(asked.launchers) + caption
     try:
         session.carry_out(untimed, together=2)
         session.carry_out(timed)
@@ -103,6 +104,8 @@ def main() -> int:
         paths += plots.speedup(rows, asked.output, caption, asked.cores, asked.threads, asked.weak)
         paths += plots.wall_clock(rows, asked.output, caption)
         paths += plots.loss(session, rows, asked.output, caption, asked.threads, asked.weak)
+        if set(asked.launchers) & set(cases.PEERS):
+            paths += plots.learning(session, rows, asked.output, caption)
     console.print(f"Written to {asked.output}: {', '.join(p.name for p in paths)}", highlight=False)
     return 0 if well else 1
 

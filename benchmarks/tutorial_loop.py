@@ -75,7 +75,7 @@ def main() -> None:
     test_loader = DataLoader(OneByOne(test_data), batch_size=TEST_BATCH, sampler=test_sampler)
     model = DistributedDataParallel(models.build_model(config))
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=0.9)
-    losses, accuracies, samples, step_seconds = [], [], 0, 0.0
+    losses, accuracies, ends, samples, step_seconds = [], [], [], 0, 0.0
     for epoch in range(config.epochs):
         sampler.set_epoch(epoch)
         total, began = torch.zeros(()), phases.now()
@@ -92,6 +92,7 @@ def main() -> None:
         step_seconds += phases.now() - began
         losses.append(float(total) / len(loader))
         accuracies.append(tested(model, test_loader))
+        ends.append(phases.now() - phases.marks["first_step_done"])
     phases.mark("training_done")
     dist.barrier()
     if rank == 0:
@@ -112,6 +113,7 @@ def main() -> None:
                 "eval_accuracy": accuracies,
                 "train_seconds": seconds,
                 "step_seconds": step_seconds,
+                "epoch_end_seconds": ends,
                 "samples_per_second": rate,
                 "launch_seconds": phases.marks["first_step_done"],
                 "phases": phases.marks,

@@ -73,6 +73,7 @@ class MpiWorld:
 
     rank: int
     size: int
+    local_rank: int
     local_size: int
     by: str
     """Open MPI or MPICH, whose mpirun it is (MPICH's: Intel's and others' too)."""
@@ -80,14 +81,13 @@ class MpiWorld:
 
 def mpi_world(environment: Mapping[str, str]) -> MpiWorld | None:
     """The process that an mpirun says this one is; None if none does."""
-    for by, rank, size, local in (
-        ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-        ("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
+    for by, *names in (
+        ("Open MPI", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+        ("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ):
-        numbers = [environment.get(name, "") for name in (rank, size)]
-        if all(number.isdigit() for number in numbers):
-            here = environment.get(local, "")
-            return MpiWorld(int(numbers[0]), int(numbers[1]), int(here) if here.isdigit() else int(numbers[1]), by)
+        rank, size, local_rank, local_size = (int(t) if (t := environment.get(name, "")).isdigit() else None for name in names)
+        if rank is not None and size is not None:
+            return MpiWorld(rank, size, rank if local_rank is None else local_rank, local_size or size, by)
     return None
 
 
@@ -212,6 +212,30 @@ def check_nesting(launcher: str, environment: Mapping[str, str], nodes: int = 1)
         raise UsageError(
             f"{' '.join(given)} in the environment: spawn.py numbers its ranks itself; unset RANK WORLD_SIZE, or use plain.py"
         )
+
+
+def check_accelerate(launchers: Sequence[int]) -> None:
+    """Refuses to be the only process that ``accelerate launch --num_processes N`` has started.
+
+    On CPU it starts one, and says nothing, unless it is told --multi_gpu too (accelerate 1.15, commands/launch.py).
+
+    Args:
+        launchers: process ids of those that started this process (``Rank.launchers``).
+
+    Raises:
+        UsageError: it is.
+    """
+    for pid in launchers:
+        words = command_line_of(pid)[0]
+        if what_launches(words) != "accelerate":
+            continue
+        flat = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+        asked = next((n for flag, n in zip(flat, flat[1:], strict=False) if flag.replace("-", "_") == "__num_processes"), "1")
+        if asked.isdigit() and int(asked) > 1:
+            raise UsageError(
+                f"accelerate launch --num_processes {asked} has started one process, which is all it does on CPU; type "
+                f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} launchers/hf_trainer.py"
+            )
 
 
 def check_mpirun(vendor: str, size: int | None, environment: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import common
@@ -14,8 +15,10 @@ from common.endings import watched
 from common.rank import Rank
 
 
-def train(config: TrainConfig, rank: Rank) -> None:
+def train(config: TrainConfig, rank: Rank, fit: Callable[[TrainConfig, Rank, events.Phases], None] | None = None) -> None:
     """Trains the job of ``config`` as ``rank``; with ``--inspect`` it looks at the ranks instead.
+
+    ``fit`` does it where the loop is not ours.
 
     Raises:
         UsageError: the configuration does not fit this machine or these ranks (one process on its own only).
@@ -34,7 +37,9 @@ def train(config: TrainConfig, rank: Rank) -> None:
         gc.freeze()  # nor will there be garbage among them later
         gc.enable()
         phases.mark("torch_imported", common.interpreter_up if there else None)
-        if config.inspect:
+        if fit:
+            fit(config, rank, phases)
+        elif config.inspect:
             from common.inspection import inspect
 
             inspect(config, rank)

@@ -117,6 +117,11 @@ SYMPTOMS = {
         ("cannot be fetched", "--local-dir DIR, then here --data_dir DIR"),
         ("launchers/test_jobs.py::test_no_network_is_told_once",),
     ),
+    "accelerate_alone": Symptom(
+        "accelerate launch trains on one process",
+        ("accelerate launch --num_processes 2 has started one process, which is all it does on CPU",),
+        ("launchers/test_hf_trainer.py::test_an_accelerate_that_starts_one_process_is_noticed",),
+    ),
     "one_core": Symptom("mpirun is slow", ("the others stay idle; mpirun --bind-to none leaves all",)),
     "foreign_mpirun": Symptom(
         "mpirun starts N ranks 0 of 1",

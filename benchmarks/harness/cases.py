@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import multiprocessing
 import subprocess
@@ -20,7 +21,7 @@ from common.values import AS_SHIPPED
 
 LAUNCHERS = ("plain", "spawn", "torchrun", "mpi")
 ALL_LAUNCHERS = (*LAUNCHERS, "elastic", "slurm")
-PEERS = ("tutorial",)  # the same job written the tutorial's way, to measure against
+PEERS = ("tutorial", "hf_trainer")  # the same job in another loop, to measure against; torchrun starts it
 FLOOR = "floor"  # no launcher: one interpreter makes one step
 START_METHODS = ("spawn", "forkserver", "fork")
 
@@ -121,7 +122,9 @@ def command(case: Case, flags: list[str]) -> tuple[list[str], dict[str, str | No
     flags = [*flags, "--threads", "as_shipped" if shipped else str(case.threads)]
     if case.launcher not in ALL_LAUNCHERS + PEERS:
         raise UsageError(f"--launchers {case.launcher}: no such launcher; give some of {', '.join(ALL_LAUNCHERS + PEERS)}")
-    script = script_of("benchmarks", "tutorial_loop") if case.launcher in PEERS else script_of("launchers", case.launcher)
+    if case.launcher == "hf_trainer" and importlib.util.find_spec("transformers") is None:
+        raise UsageError("--launchers hf_trainer: transformers is missing; pip install -e '.[hf]' in this project's folder")
+    script = script_of("benchmarks", "tutorial_loop") if case.launcher == "tutorial" else script_of("launchers", case.launcher)
     if case.launcher in ("plain", "spawn"):
         if case.variant:
             if case.variant not in multiprocessing.get_all_start_methods():

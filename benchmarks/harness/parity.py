@@ -84,7 +84,7 @@ def judge(
     reason = not_promised(fp64 or {}) or not_promised(fp32 or {})
 
     def difference(a: dict[str, Any] | None, b: dict[str, Any] | None, steps: int | None) -> float | None:
-        if a is None or b is None:
+        if a is None or b is None or not a["loss_per_step"]:  # another loop, which keeps none
             return None
         if len(a["loss_per_step"]) != len(b["loss_per_step"]) and steps is None:
             return None if reason else float("inf")

@@ -195,6 +195,32 @@ def loss(session: Session, rows: list[Row], folder: Path, caption: str, threads:
     return both(drawn, folder, "loss", f"What never differs (0) is not drawn. {caption}")
 
 
+def learning(session: Session, rows: list[Row], folder: Path, caption: str) -> list[Path]:
+    """Loss and accuracy over the time since the command was typed, with the most ranks: for loops that differ step by step."""
+    most = max(row.case.world_size for row in rows)
+    drawn = figure(10, 4.8)
+    axes = drawn.subplots(1, 2)
+    for number, row in enumerate(row for row in rows if row.case.world_size == most):
+        runs = sorted(session.of("timed", row.case), key=lambda sample: sample.wall_seconds)
+        if not runs:
+            continue
+        found = runs[len(runs) // 2].result or {}
+        seconds = [found["launch_seconds"] + end for end in found["epoch_end_seconds"]]
+        style: dict[str, Any] = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4}
+        axes[0].plot(seconds, found["train_loss_per_epoch"], label=row.name, **style)
+        if "eval_loss_per_epoch" in found:
+            axes[0].plot(seconds, found["eval_loss_per_epoch"], linestyle="--", **style | {"markerfacecolor": "none"})
+        if None not in found["eval_accuracy"]:
+            axes[1].plot(seconds, [100 * accuracy for accuracy in found["eval_accuracy"]], **style)
+    axes[0].set(ylabel="train loss of each epoch; dashed: eval loss", yscale="log")
+    axes[1].set(ylabel="eval accuracy (%)")
+    for each in axes:
+        each.set(xlabel="seconds since the command was typed", xlim=(0, None))
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    drawn.suptitle(f"Learning over time, {most} rank{'s' * (most > 1)}: the median run of each", fontsize=12)
+    return both(drawn, folder, "learning", caption)
+
+
 def _growing(axes: Axes, result: dict[str, Any], reference: dict[str, Any], **style: Any) -> None:
     """The largest relative difference up to each step, from the first that is not 0."""
     difference = itertools.accumulate(relative_differences(result["loss_per_step"], reference["loss_per_step"]), max)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -52,6 +53,13 @@ def way(config: TrainConfig) -> str:
         f", {text}" for text in (config.compress and f"--compress {config.compress}", _half(config) and config.precision) if text
     )
     return f"--sync {config.sync}{extra}; "
+
+
+def other_loops(launchers: Sequence[str]) -> str:
+    """What a caption says of those among ``launchers`` whose samples come in another order than ours, so that losses differ."""
+    orders = {"tutorial": "DistributedSampler's, padded", "hf_trainer": "the Trainer's own, the last batch filled up"}
+    told = [f"{name}: {orders[name]}" for name in launchers if name in orders]
+    return f"Order of samples: {'; '.join(told)}: not compared step by step. " if told else ""
 
 
 def _half(config: TrainConfig) -> bool:

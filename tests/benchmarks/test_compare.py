@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from benchmarks.harness.runner import REPOSITORY, run
+from tests.common import hub_files
 
 pytestmark = pytest.mark.launch
 
@@ -236,11 +237,27 @@ def test_batch_sizes(tmp_path):
     assert (tmp_path / "batch_sizes.png").is_file() and (tmp_path / "batch_sizes.svg").is_file()
 
 
-def test_the_tutorials_loop_can_be_measured_beside(tmp_path):
-    flags = ["--launchers", "torchrun", "tutorial", "--world_sizes", "2", "--repeats", "1", "--epochs", "1", "--no_parity"]
-    outcome = run([*COMPARE, *flags, "--output", str(tmp_path)], 300)
+def test_other_loops_can_be_measured_beside(tmp_path):
+    """The tutorial's and the Trainer's: of time, loss and accuracy there is as much, of parity nothing is claimed."""
+    hub_files.write(tmp_path / "data", "cifar10", train=300, test=60)
+    flags = ["--launchers", "torchrun", "tutorial", "hf_trainer", "--world_sizes", "1", "2", "--repeats", "1", "--epochs", "1"]
+    flags += ["--job", "cifar10", "--data_dir", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "kept")]
+    outcome = run([*COMPARE, *flags, "--output", str(tmp_path / "out")], 300, folder=tmp_path)
     assert outcome.status == 0, outcome.tail(40)
-    assert all(r["figures"]["samples_per_second"]["median"] > 0 for r in read(tmp_path)["summary"])
+    found = read(tmp_path / "out")
+    assert all(r["figures"]["samples_per_second"]["median"] > 0 for r in found["summary"])
+    samples = [s for s in found["samples"] if s["launcher"] == "hf_trainer"]
+    assert {s["world_size"] for s in samples} == {1, 2}
+    assert all(s["result"]["eval_accuracy"][0] > 0 and s["result"]["train_loss_per_epoch"][0] > 0 for s in samples)
+    for picture in ("speedup.svg", "loss.svg", "learning.svg"):
+        assert "Trainer" in (tmp_path / "out" / picture).read_text()
+    assert not list(tmp_path.glob("cifar_net*")), "a measured run saves no model"
+
+
+def test_a_trainer_that_is_not_here_is_told_before_anything_runs(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['transformers'] = None")
+    outcome = run([*COMPARE, "--launchers", "hf_trainer"], 60, {"PYTHONPATH": str(tmp_path)})
+    assert outcome.status == 2 and outcome.stderr.count("\n") == 1 and "pip install -e '.[hf]'" in outcome.stderr
 
 
 def test_bad_input_exits_with_two_and_one_line():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from common.errors import UsageError
 
 Arrays = dict[str, NDArray[np.uint8]]
-_FORMAT = 2  # of what is kept; another number and everything is made again
+_FORMAT = 3  # of what is kept; another number and everything is made again
 _DIGEST = "digest.txt"
 
 

@@ -14,13 +14,15 @@ from numpy.lib.format import open_memmap
 
 from common import cache
 from common.errors import UsageError, one_line
-from common.pictures import Kind
+from common.pictures import MOVED_BY, Kind
 
 SPLITS = ("train", "test")
 
 
 def arrays(name: str, kind: Kind, data_dir: str | None, cache_dir: str, say: Callable[[str], None]) -> cache.Kept:
     """{"train_pixels": uint8 (n, channels, height, width), "train_labels": uint8 (n,), "test_pixels", "test_labels"}.
+
+    Training pictures that are moved about (``kind.moved``) have a black frame, 4 pixels wide all around.
 
     Args:
         name: the data set's.
@@ -87,7 +89,10 @@ def _decode_split(kind: Kind, source: str, split: str, table: Any, part: Path) -
     if missing:
         raise UsageError(f"{source}: the {split} part has no column {' and no '.join(sorted(missing))}; is it another data set?")
     channels, height, width = kind.shape
-    pixels = open_memmap(part / f"{split}_pixels.npy", "w+", np.uint8, (len(table), *kind.shape))
+    frame = MOVED_BY if kind.moved and split == "train" else 0  # so that a moved picture is read in one piece
+    shape = (len(table), channels, height + 2 * frame, width + 2 * frame)
+    pixels = open_memmap(part / f"{split}_pixels.npy", "w+", np.uint8, shape)
+    inside = pixels[:, :, frame : frame + height, frame : frame + width]
     labels = np.zeros(len(table), np.uint8)
     number = 0
     table = table.cast_column(kind.picture, datasets.Image(decode=False))
@@ -103,7 +108,7 @@ def _decode_split(kind: Kind, source: str, split: str, table: Any, part: Path) -
                     f"{width}×{height} and 0 to {len(kind.classes) - 1}; is it another data set?"
                 )
             decoded = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-            pixels[number] = decoded.reshape(height, width, channels).transpose(2, 0, 1)
+            inside[number] = decoded.reshape(height, width, channels).transpose(2, 0, 1)
             labels[number] = label
             number += 1
     pixels.flush()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MOVED_BY = 4  # pixels that a training picture is moved by at most, each way; He et al. 2016, arXiv:1512.03385, section 4.2
@@ -56,7 +55,7 @@ class Pictures:
 
         Args:
             kind: their mean and deviation.
-            pixels: uint8, shape (n, channels, height, width).
+            pixels: uint8, shape (n, channels, height, width); with a seed each in a black frame, 4 pixels wide all around.
             labels: whole numbers, shape (n,).
             seed: of crops and flips; None: as they are.
             dtype: of a batch.
@@ -80,10 +79,11 @@ class Pictures:
 
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of ``indices`` (int64, shape (n,)): pictures of ``dtype`` with mean 0 and deviation 1, classes int64."""
-        x = self.pixels.index_select(0, indices)  # whole pictures; with [indices] it goes byte by byte, five times as long
-        if self._moves is not None:
-            corner, flipped = (move[indices] for move in self._moves)
-            x = moved(x, corner, flipped)
+        if self._moves is None:
+            x = self.pixels.index_select(0, indices)  # whole pictures; with [indices] it goes byte by byte, five times as long
+        else:
+            begins, flipped = (move[indices] for move in self._moves)
+            x = moved(self.pixels, begins, flipped)
         return x.to(self.dtype).sub_(self._mean).div_(self._deviation), self.labels[indices]
 
     def set_epoch(self, epoch: int) -> None:
@@ -93,32 +93,31 @@ class Pictures:
             down, right = random.integers(0, 2 * MOVED_BY + 1, (2, len(self)), dtype=np.int64)
             flipped = random.integers(0, 2, len(self), dtype=np.int8).astype(bool)
             device = self.pixels.device
-            corner = down * (self.kind.shape[2] + 2 * MOVED_BY) + right
-            self._moves = torch.from_numpy(corner).to(device), torch.from_numpy(flipped).to(device)
+            picture, _, row, _ = self.pixels.stride()
+            begins = np.arange(len(self), dtype=np.int64) * picture + down * row + right
+            self._moves = torch.from_numpy(begins).to(device), torch.from_numpy(flipped).to(device)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Pictures:
         """The same pictures, as bytes still, on ``device``; batches as ``dtype``."""
         return Pictures(self.kind, self.pixels.to(device), self.labels.to(device), self.seed, dtype, self.digest)
 
 
-def moved(x: Tensor, corner: Tensor, flipped: Tensor) -> Tensor:
-    """Each picture framed in black, cut out again at another place, and mirrored where ``flipped``.
+def moved(framed: Tensor, begins: Tensor, flipped: Tensor) -> Tensor:
+    """Pictures cut out of their black frames, mirrored where ``flipped``.
 
     Args:
-        x: pictures, shape (n, channels, height, width).
-        corner: int64, shape (n,): down · (width + 8) + right, each 0 to 8; 4 is where the picture was.
+        framed: shape (…, channels, height + 8, width + 8).
+        begins: int64, shape (n,): where each window's first pixel is, counted from the very first pixel of ``framed``.
         flipped: bool, shape (n,).
 
     Returns:
-        Pictures of the same shape and type.
+        Shape (n, channels, height, width).
     """
-    n, channels, height, width = x.shape
-    framed = F.pad(x, (MOVED_BY,) * 4)
-    strides = framed.stride()
-    # Every window that begins at some byte, nothing copied yet; then a block a picture. unfold and where take twice as long.
-    begins = torch.arange(0, n * strides[0], strides[0], device=x.device).add_(corner)
-    last = (n - 1) * strides[0] + 2 * MOVED_BY * (strides[2] + 1)
-    windows = framed.as_strided((last + 1, channels, height, width), (1, *strides[1:]))
+    count, channels, height, width = framed.shape
+    strides, around = framed.stride(), 2 * MOVED_BY
+    # All windows, wherever they begin, nothing copied yet; then a block a picture. unfold and where take twice as long.
+    last = (count - 1) * strides[0] + around * (strides[2] + 1)
+    windows = framed.as_strided((last + 1, channels, height - around, width - around), (1, *strides[1:]))
     x = windows.index_select(0, begins)
     mirrored = flipped.nonzero().flatten()
     return x.index_copy_(0, mirrored, x.index_select(0, mirrored).flip(3))

@@ -49,18 +49,18 @@ def load(what: str, path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def resume(path: str, model: nn.Module) -> str:
-    """Gives ``model`` the weights in the file that ``--resume`` names, and returns what to say of it; raises as ``take_over``."""
-    take_over(f"--resume {path}", path, model)
+    """Gives ``model`` the weights in the file that ``--resume`` names, and returns what to say of it; raises as these two."""
+    what = f"--resume {path}"
+    take_over(what, *load(what, path), model)
     return f"Weights from {path}; the optimizer starts afresh"
 
 
-def take_over(what: str, path: str | Path, model: nn.Module) -> dict[str, Any]:
-    """Gives ``model`` the weights of a saved one; returns the configuration that it was trained with.
+def take_over(what: str, state: dict[str, Any], config: dict[str, Any], model: nn.Module) -> None:
+    """Gives ``model`` the weights of a saved one, as ``load`` has them.
 
     Raises:
-        UsageError: there is no saved model, or it is another one.
+        UsageError: it is another model.
     """
-    state, config = load(what, path)
     try:
         model.load_state_dict(state)
     except RuntimeError:
@@ -70,7 +70,6 @@ def take_over(what: str, path: str | Path, model: nn.Module) -> dict[str, Any]:
             f"{what}: another model's weights: {name} is {_shape(saved.get(name))} there and {_shape(here.get(name))} here; it was "
             f"trained with --model {config.get('model')}"
         ) from None
-    return config
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -59,11 +59,10 @@ def _decode(name: str, kind: Kind, files: dict[str, list[Path]] | None, part: Pa
         ) from None
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    source = f"--data_dir {part}" if files else kind.repository
+    source = str(files["train"][0].parent) if files else kind.repository
     with tempfile.TemporaryDirectory(dir=part.parent, prefix=".parquet-") as temporary:
         try:
             if files:
-                source = str(files["train"][0].parent)
                 paths = {split: [str(file) for file in files[split]] for split in SPLITS}
                 tables = datasets.load_dataset("parquet", data_files=paths, cache_dir=temporary)
             else:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state, saved = checkpoint.load(given.file, given.file)
     config = _config(saved, given)
     model = models.build_model(config)
-    checkpoint.take_over(given.file, given.file, model)
+    checkpoint.take_over(given.file, state, saved, model)
     model.eval()
     if isinstance(model, GPT):
         _write(model, given)

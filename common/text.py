@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,10 @@ def _files(data_dir: str | None) -> list[Path]:
         import sysconfig  # not above: every launch would pay for it
 
         library = Path(sysconfig.get_path("stdlib"))
-        found = [p for p in library.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(library).parts)]
+        found = []
+        for folder, below, names in os.walk(library):
+            below[:] = set(below) - _LEFT_OUT  # not looked into: site-packages may hold ten times as many files
+            found += [Path(folder, name) for name in names if name.endswith(".py")]
         return sorted(found, key=lambda p: p.relative_to(library).parts)
     path = Path(data_dir)
     if path.is_file():

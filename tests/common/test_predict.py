@@ -120,7 +120,8 @@ def test_a_file_that_is_no_saved_model(tmp_path):
 
 def test_weights_of_another_model(tmp_path):
     saved(tmp_path / "a.pth", "--job regression")
-    said = refusal(checkpoint.take_over, "--resume a.pth", tmp_path / "a.pth", models.build_model(config("--job digits")))
+    content = checkpoint.load("", tmp_path / "a.pth")
+    said = refusal(checkpoint.take_over, "--resume a.pth", *content, models.build_model(config("--job digits")))
     assert "another model's weights: layers.0.weight is 64×1 there and missing here; it was trained with --model mlp" in said
 
 
@@ -128,5 +129,6 @@ def test_weights_are_taken_over_to_the_bit(tmp_path):
     model = saved(tmp_path / "a.pth", "--job digits --seed 5")
     other = models.build_model(config("--job digits"))
     assert checkpoint.sha256(other) != checkpoint.sha256(model)
-    told = checkpoint.take_over("--resume a.pth", tmp_path / "a.pth", other)
+    state, told = checkpoint.load("--resume a.pth", tmp_path / "a.pth")
+    checkpoint.take_over("--resume a.pth", state, told, other)
     assert checkpoint.sha256(other) == checkpoint.sha256(model) and told["seed"] == 5

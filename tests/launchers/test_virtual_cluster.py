@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from running import ROOT, Run, cluster, run
 
 from common.virtual_cluster import VirtualCluster
 from common.virtual_host import FOLDER
+from tests.common.helpers import until
 
 pytestmark = [pytest.mark.launch, pytest.mark.only_on("linux")]
 CLI = ["python", "-m", "common.virtual_cluster"]
@@ -69,7 +69,8 @@ def test_each_host_has_a_name_an_address_and_processes_of_its_own(three):
     assert said(three, "node2", "ls", "/dev/shm") == ""
     sleeper = three.popen("node1", ["sleep", "100"])
     try:
-        assert comes(lambda: sleeping("node1", three)) and not sleeping("node2", three)
+        # popen returns when the way into the host starts, not the command.
+        assert until(lambda: sleeping("node1", three)) and not sleeping("node2", three)
     finally:
         sleeper.terminate()
         assert sleeper.wait(10) == -signal.SIGTERM
@@ -78,16 +79,6 @@ def test_each_host_has_a_name_an_address_and_processes_of_its_own(three):
 def sleeping(name, cluster):
     rows = said(cluster, name, "sh", "-c", "for f in /proc/[0-9]*/cmdline; do tr '\\0' ' ' < $f; echo; done 2>/dev/null || true")
     return [row for row in rows.splitlines() if row.startswith("sleep")]
-
-
-def comes(condition, limit=5.0):
-    """Whether a condition comes true in time: ``popen`` returns when the way into the host starts, not the command."""
-    until = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_hosts_reach_each_other_by_name_and_a_cut_one_is_not_reached(three):
@@ -139,10 +130,10 @@ def test_statuses_and_signals_of_commands_are_handed_on(three):
     assert process.wait(10) == 9
     process.stdout.close()
     process = three.popen("node1", ["sleep", "100"])
-    assert comes(lambda: sleeping("node1", three))
+    assert until(lambda: sleeping("node1", three))
     process.kill()
     process.wait(10)
-    assert comes(lambda: not sleeping("node1", three)) and not sleeping("node2", three)
+    assert until(lambda: not sleeping("node1", three)) and not sleeping("node2", three)
 
 
 def bits_per_second(cluster):

@@ -24,6 +24,7 @@ from common.errors import UsageError
 from common.events import Phases
 from common.files import write_json
 from common.rank import Rank
+from common.values import AS_SHIPPED
 
 EVAL_BATCH = 512
 ORDER = "the Trainer's own shuffle, and a last batch filled up to all ranks' size"
@@ -109,7 +110,7 @@ class Notes:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, phases: Phases) -> None:
         """Watches the bare ``model`` and its ``optimizer``."""
         self.phases = phases
-        self.samples = self.samples_after_first_step = 0
+        self.samples_after_first_step = 0
         self.step_seconds: list[float] = []  # of each epoch's training, without the very first step
         self.eval_seconds = 0.0
         self.epoch_end_seconds: list[float] = []  # of each epoch's evaluation, from the end of the first step
@@ -126,10 +127,8 @@ class Notes:
             return
         self._end_evaluation()
         self._began = self._began or now()
-        samples = len(named["labels"])
-        self.samples += samples
         if "first_step_done" in self.phases.marks:
-            self.samples_after_first_step += samples
+            self.samples_after_first_step += len(named["labels"])
 
     def _forwarded(self, model: nn.Module, *_: Any) -> None:
         if not model.training:
@@ -172,12 +171,18 @@ class Session:
         check(config, rank.world_size)
         self.config, self.rank, self.phases = config, rank, phases
         self.device = choose_device(config, rank)
-        torch.set_num_threads(config.threads or max(1, len(usable_cores()) // rank.local_world_size))
+        if config.threads != AS_SHIPPED:
+            torch.set_num_threads(config.threads or max(1, len(usable_cores()) // rank.local_world_size))
         cpu = torch.device("cpu")
         train, evaluation = datasets.load_datasets(config, cpu, torch.float32, print)
         check_world(config, rank.world_size, len(train))
         self.train_data, self.eval_data = Samples(train), Samples(evaluation)
         self.model = models.build_model(config)
+        if list(inspect.signature(self.model.forward).parameters)[1:2] != ["labels"]:
+            raise UsageError(
+                f"--model {config.model} with hf_trainer.py: the Trainer's models compute their loss; forward(x, labels=None) must "
+                "return a dict with loss and logits"
+            )
         if config.resume:
             said = checkpoint.resume(config.resume, self.model)
             if rank.rank == 0:

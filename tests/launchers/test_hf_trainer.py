@@ -114,6 +114,15 @@ def test_what_it_does_not_do_is_told_once(tmp_path, free_port, flags, said):
     assert ended.err.count(said) == 1 and tracebacks_of_ours(ended) == 0, ended
 
 
+def test_a_model_that_computes_no_loss_is_told_so(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\nclass Net(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(20, 2)\n"
+    )
+    ended = run(["python", FILE, "--job", "random", "--model", "mine:Net", "--threads", "as_shipped"], cwd=tmp_path)
+    assert ended.status == 2 and ended.err.count("\n") == 1, ended
+    assert "forward(x, labels=None) must return a dict with loss and logits" in ended.err
+
+
 def test_without_transformers_one_line_says_what_to_install(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['transformers'] = None")
     ended = run(["python", FILE, *TRAIN], cwd=tmp_path, PYTHONPATH=tmp_path)
